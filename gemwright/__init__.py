@@ -1,0 +1,1 @@
+"""Gemwright: the whole Gemma 2 recipe, exactly and fast."""

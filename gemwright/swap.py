@@ -1,0 +1,37 @@
+"""swap: the one mechanism that changes a model. Named linears are replaced by other modules with the same call.
+
+Quantization, packing and LoRA all use it, so no subclass of the model and no flag inside it exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+Make = Callable[[str, nn.Linear], nn.Module]
+"""Given a linear's full name and the linear, the module that takes its place."""
+
+
+def swap(model: nn.Module, makers: Mapping[str, Make]) -> list[str]:
+    """Replace every `nn.Linear` whose full name matches a regular expression (first match wins); names replaced.
+
+    Raises ValueError for a pattern that matches nothing: a misspelt target would otherwise change nothing in silence.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    used: set[str] = set()
+    replaced = []
+    for name, linear in linears.items():
+        pattern = next((p for p in makers if re.fullmatch(p, name)), None)
+        if pattern is None:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, makers[pattern](name, linear))
+        used.add(pattern)
+        replaced.append(name)
+    if unused := set(makers) - used:
+        raise ValueError(
+            f"swap: no linear matches {sorted(unused)}; the linears are named like {next(iter(linears))!r}"
+        )
+    return replaced
