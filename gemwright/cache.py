@@ -36,8 +36,11 @@ class _Ring:
         self.pos_BS.scatter_(1, self.slots_BT, torch.where(pos_BT < 0, EMPTY, pos_BT))
         self.live = min(max(self.live, end), self.capacity)
         # every row at the same place and no wrap inside the chunk: a slice copy instead of a scatter
-        fits = run is not None and run.start % self.capacity + (run.stop - run.start) <= self.capacity
-        self.run = slice(run.start % self.capacity, run.start % self.capacity + run.stop - run.start) if fits else None
+        self.run = None
+        if run is not None:
+            first = run.start % self.capacity
+            last = first + run.stop - run.start
+            self.run = slice(first, last) if last <= self.capacity else None
         return self.pos_BS[:, : self.live]
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gemwright.weights import DTYPES, Entry, read_header, read_json
@@ -184,7 +186,7 @@ def write(
     """Write a checkpoint that transformers loads unchanged; returns the absolute folder.
 
     `tensors` are float tensors of any device and layout, drawn lazily: at most one shard of `max_shard_bytes` is held,
-    and a tensor must keep its values until the next shard begins. Names and shards follow transformers: the tied head
+    and a tensor must not change while write() runs. Names and shards follow transformers: the tied head
     is left out by the caller. Tokenizer files that `copy_from` has are copied; `extra_files` adds whole files and wins
     over a copied one; `metadata` adds to the weights' own `{"format": "pt"}`.
 
@@ -235,10 +237,8 @@ def _side_files(
     if copy_from is not None and not copy_from.is_dir():
         raise FileNotFoundError(f"copy_from: {copy_from}: no such folder")
     for name in extra_files:
-        if Path(name).name != name or name in configs or name.endswith((".safetensors", INDEX)):
-            raise ValueError(
-                f"extra_files: got {name!r}, allowed is a plain file name that write() does not make itself"
-            )
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or name in configs or name.endswith((".safetensors", INDEX)):
+            raise ValueError(f"extra_files: got {name!r}, allowed is a plain file name, neither weights nor a config")
     copied = [] if copy_from is None else [path for name in TOKENIZER_FILES if (path := copy_from / name).is_file()]
     return {
         **{path.name: path.read_bytes() for path in copied},
@@ -287,6 +287,8 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
     for name, tensor in tensors:
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensors: {name!r} is {tensor.dtype}, allowed are bfloat16, float16 and float32")
+        if not tensor.numel():
+            raise ValueError(f"tensors: {name!r} is empty: {tuple(tensor.shape)}")
         if name in shard:
             raise ValueError(f"tensors: {name!r} comes twice")
         plain = tensor.detach().cpu().contiguous()
@@ -303,9 +305,6 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 
 def _write_shard(path: Path, shard: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         save_file(shard, path, metadata)
     except SafetensorError as error:

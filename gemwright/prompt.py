@@ -4,19 +4,19 @@ Gemma 2's turn format, the built-in default where a tokenizer has the turn token
 
     <bos><start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n{text}<end_of_turn>\\n ...
 
-Contents are trimmed, the role `assistant` is written `model`, the roles alternate from `user`, and no system role exists:
-byte for byte what the published template does. A folder's own `chat_template` is run instead, in jinja's sandbox with the
-names that transformers gives it. Either way the BOS is the template's affair, and none is added to a rendered prompt.
+Contents are trimmed, the role `assistant` is written `model`, the roles alternate from `user`, and no system role
+exists: byte for byte what the published template does. A folder's own `chat_template` is run instead, in jinja's
+sandbox, with the names that transformers gives it. Either way the BOS is the template's affair and none is added to it.
 
-What people type stays text. A control token spelled in a message is hidden before rendering (its first character becomes
-a private-use one that occurs nowhere else), so every control token in the rendered text is the template's own:
+What people type stays text. A control token spelled in a message is hidden before rendering (its first character
+becomes a private-use one that occurs nowhere else), so every control token in the rendered text is the template's own:
 
 - nothing was hidden, the ordinary case: the whole text is encoded with control tokens, which is what transformers does;
 - otherwise the text is split at the template's control tokens, and what lies between is restored and encoded as plain
   text. The ids are the same but for tokenizers that treat the start of a text apart from the start of a segment.
 
-The limit of that: a template that looks for a control token inside a message (`'</think>' in content`) no longer sees it
-if the vocabulary marks it special. A role must be a plain word, since some templates make a token of it.
+The limit of that: a template that looks for a control token inside a message (`'</think>' in content`) no longer sees
+it if the vocabulary marks it special. A role must be a plain word, since some templates make a token of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, NoReturn, Protocol
 
 import jinja2
@@ -40,8 +41,9 @@ from gemwright.tokenizer import TURN_TOKENS, Tokenizer
 
 TEMPLATE_SECONDS: Final = 5.0
 TEMPLATE_CHARACTERS: Final = 16 * 2**20
-"""Bounds of one rendering by a folder's template, and of every string, list and integer (in bits) it builds by operator.
-They stop runaway loops and growth; one filter called on large arguments is not divided, and is stopped after it."""
+"""Bounds of one rendering by a folder's template, and of each string, list and integer (in bits) built by operators.
+They stop runaway loops and growth; a single filter on large arguments runs to its end first."""
+_DEADLINE: Final = "the deadline"  # a space in its name: no template can set it
 _PRIVATE_USE: Final = range(0xF0000, 0xFFFFE)
 
 Message = Mapping[str, Any]
@@ -70,7 +72,7 @@ def render(
             tokenizer without turn tokens or template: a base model, which takes text prompts.
     """
     chat = _checked(messages, system)
-    guard = _Guard(tokenizer.specials, f"{chat!r} {tokenizer.chat_template}")
+    guard = _Guard(tokenizer.specials, json.dumps([chat, tokenizer.chat_template], ensure_ascii=False, default=str))
     try:
         text = _text(guard.hide(chat), tokenizer, add_generation_prompt)
     except ValueError as error:
@@ -152,7 +154,7 @@ def _text(chat: list[dict[str, Any]], tokenizer: Tokenizer, add_generation_promp
 
 
 def _misplaced(roles: Sequence[str]) -> str | None:
-    """The first turn that breaks user, assistant, user, ...: what came and what is allowed; None if all are in order."""
+    """The first turn that breaks user, assistant, user, ...: what came, what is allowed. None if all are in order."""
     for index, role in enumerate(roles):
         allowed = ("assistant", "model") if index % 2 else ("user",)
         if role not in allowed:
@@ -168,7 +170,7 @@ class _Guard:
 
     def __init__(self, specials: Mapping[str, int], everything: str) -> None:
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in everything)
-        self._mask = dict(zip(sorted({token[0] for token in specials}), free, strict=False))
+        self._mask = {first: next(free) for first in sorted({token[0] for token in specials})}
         self._shown = str.maketrans({mask: first for first, mask in self._mask.items()})
         any_token = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)) or "(?!)"
         self._token = re.compile(f"({any_token})")
@@ -200,15 +202,18 @@ class _Guard:
 def _run(template: str, values: Mapping[str, Any]) -> str:
     """Renders a folder's template within the bounds; ValueError names whatever goes wrong in it."""
     try:
-        environment = _Sandbox()
-        tree = _Bounds().visit(environment.parse(template))
-        compiled = environment.from_string(tree)
-        return _join(compiled.generate(values))
+        return _join(_compiled(template).generate({**values, _DEADLINE: time.monotonic() + TEMPLATE_SECONDS}))
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"chat_template: {error or type(error).__name__}{line}") from error
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"chat_template: {type(error).__name__}: it nests or grows without bound") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    environment = _Sandbox()
+    return environment.from_string(_Bounds().visit(environment.parse(template)))
 
 
 def _join(pieces: Iterator[str]) -> str:
@@ -234,7 +239,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 class _Generation(Extension):
     """`{% generation %}`: marks the model's own words for training; here its body is just rendered."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja types it as a set
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -242,7 +247,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """One rendering: transformers' names and settings, a clock that starts with it, and bounded operators."""
+    """Transformers' names and settings, a clock for loops, and bounded operators."""
 
     intercepted_binops = frozenset({"+", "*", "**"})
 
@@ -252,13 +257,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._deadline = time.monotonic() + TEMPLATE_SECONDS
 
-    def tick(self) -> str:
+    @jinja2.pass_context
+    def tick(self, context: Context) -> None:
         """Called at the head of every loop and macro body."""
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > context.resolve(_DEADLINE):
             raise jinja2.TemplateError(f"it runs longer than {TEMPLATE_SECONDS} s")
-        return ""
 
     def bounded(self, value: Any) -> Any:
         if isinstance(value, (str, list, tuple)) and len(value) > TEMPLATE_CHARACTERS:
@@ -288,7 +292,7 @@ class _Bounds(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         return node
 
-    visit_Macro = visit_CallBlock = visit_For  # noqa: N815
+    visit_Macro = visit_CallBlock = visit_For
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)

@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from gemwright.tokenizer_backends import Backend, Library, SentencePiece
 
-
 TURN_TOKENS: Final = ("<start_of_turn>", "<end_of_turn>")
 NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Keys of `tokenizer_config.json` that name a control token; a chat template sees them under these names."""
@@ -201,16 +200,21 @@ def _declared(settings: Mapping[str, Any], where: Path, backend: Backend, names:
     declared = {token: key for key, token in names.items()}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(key) or []
+        if not isinstance(listed, (list, dict)):
+            raise ValueError(f"{where}: {key} is {listed!r}; allowed: a list of tokens, or an object of named ones")
         tokens = [_text(t, where, key) for t in (listed.values() if isinstance(listed, dict) else listed)]
         declared |= {token: key for token in tokens if token is not None}
-    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise ValueError(f"{where}: added_tokens_decoder is {added!r}; allowed: an object of ids and tokens")
+    for i, entry in added.items():
         key = f"added_tokens_decoder[{i}]"
         token = _text(entry, where, key)
         if token is None or str(backend.id(token)) != i:
             raise ValueError(
                 f"{where}: {key} is {token!r}, which has id {token and backend.id(token)} in the vocabulary"
             )
-        if entry["special"] if isinstance(entry, dict) and "special" in entry else False:
+        if isinstance(entry, dict) and entry.get("special"):
             declared[token] = key
     for token, key in declared.items():
         if backend.id(token) is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -35,7 +36,8 @@ def blocked(
 ) -> Tensor:
     """Attention [B, T, N, H] in the dtype of q; see `ops.attention.reference` for the definition."""
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
-        return _Blocked.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-any-return]
+        out_BTNH: Tensor = _Blocked.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-untyped-call]
+        return out_BTNH
     return _forward(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)[0]
 
 
@@ -149,9 +151,15 @@ def _hide(x_Zgs: Tensor, see: Visibility, block: Block, value: float) -> Tensor:
     for part in (slice(0, block.full.start), slice(block.full.stop, s)):
         if part.stop > part.start:
             keys = slice(block.keys.start + part.start, block.keys.start + part.stop)
-            hidden_Bts = see.memo((block.queries.start, keys.start), lambda: ~see.mask(block.queries, keys))
+            part_key = (block.queries.start, block.queries.stop, keys.start, keys.stop)
+            hidden_Bts = see.memo(part_key, partial(_hidden, see, block.queries, keys))
             x_Zgs.view(B, -1, t, s)[..., part].masked_fill_(hidden_Bts[:, None], value)
     return x_Zgs
+
+
+def _hidden(see: Visibility, queries: slice, keys: slice) -> Tensor:
+    """Mask [B, t, s] of the keys that are not visible."""
+    return ~see.mask(queries, keys)
 
 
 def _forward(

@@ -1,60 +1,84 @@
 """FlexAttention backend (torch.nn.attention.flex_attention): one fused CUDA kernel with cap and mask compiled in.
 
 The mask is a block mask made from positions, so skipped blocks cost nothing and local layers read their window only.
-On CPU it runs forward alone (torch 2.13 has no CPU backward), which is how its arithmetic is tested without a GPU.
+Positions, documents, window, scale and cap all reach the kernel as captured tensors: their values may change without
+compiling again, and local and global layers share one kernel. (A float that changes in the closure would become a
+symbol, which the compiler of torch 2.13 cannot lower.)
 
-Legend: B rows, T queries, S keys, N query heads, K key/value heads, H head dim.
+On CPU the kernel runs forward alone (torch 2.13 has no CPU backward), which is how its arithmetic is tested without a
+GPU. There lengths are padded to whole blocks: its product q . k writes past the end of the scores where the last keys
+fill some vectors but not a whole tile of the matmul (40 keys on AVX2, say), and symbolic lengths do not compile.
+
+Legend: B rows, T queries, S keys, N query heads, K key/value heads, H head dim, L = T or S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from gemwright.ops.attention import PADDING, Visibility
+from gemwright.ops.attention import EMPTY, PADDING, Visibility
+
+BLOCK: Final = 128
+"""Lengths on CPU are padded to a multiple of it, which is the block size of the mask."""
+VARIANTS: Final = 64
+"""Kernels that one process may compile: with and without gradient, documents, one row or many, one block or many. At
+torch's own limit of 8 it would go on with the whole score matrix in memory; past this one it raises."""
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    """One compiled kernel per shape and cap, shared by all layers."""
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(device: str) -> Callable[..., Any]:
+    """The kernel of a kind of device, for all layers; on CUDA a length becomes symbolic at its second value."""
+    return torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
+
+
+def _pad(x_BL: Tensor, value: int = 0) -> Tensor:
+    """On CPU, x [B, L, ...] with L brought to whole blocks; on CUDA x itself."""
+    B, L, *rest = x_BL.shape
+    extra = -L % BLOCK if x_BL.device.type == "cpu" else 0
+    return torch.cat((x_BL, x_BL.new_full((B, extra, *rest), value)), dim=1) if extra else x_BL
 
 
 def block_mask(see: Visibility) -> BlockMask:
     """The block mask of a Visibility; the same rule as `Visibility.mask`, one element at a time."""
-    q_pos, k_pos, q_doc, k_doc, window = see.q_pos_BT, see.k_pos_BS, see.q_doc_BT, see.k_doc_BS, see.window
+    q_pos, k_pos = _pad(see.q_pos_BT, PADDING), _pad(see.k_pos_BS, EMPTY)
+    docs = None if see.q_doc_BT is None or see.k_doc_BS is None else (_pad(see.q_doc_BT), _pad(see.k_doc_BS))
+    window = torch.tensor(see.window or EMPTY, device=q_pos.device)  # every distance is below EMPTY
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        seen = (k_pos[b, s] <= q_pos[b, t]) & (k_pos[b, s] >= 0)
-        if window is not None:
-            seen = seen & (q_pos[b, t] - k_pos[b, s] < window)
-        if q_doc is not None and k_doc is not None:
-            seen = seen & (q_doc[b, t] == k_doc[b, s])
-        return seen
+        seen = (k_pos[b, s] <= q_pos[b, t]) & (k_pos[b, s] >= 0) & (q_pos[b, t] - k_pos[b, s] < window)
+        return seen if docs is None else seen & (docs[0][b, t] == docs[1][b, s])
 
-    B, T = q_pos.shape
-    return create_block_mask(visible, B, None, T, k_pos.shape[1], device=q_pos.device)
+    return create_block_mask(visible, q_pos.shape[0], None, q_pos.shape[1], k_pos.shape[1], device=q_pos.device)
+
+
+def score_mod(scale: float, cap: float | None, device: torch.device) -> ScoreMod:
+    """Scale and soft-cap of one score."""
+    scale_ = torch.tensor(scale if cap is None else scale / cap, device=device)
+    cap_ = None if cap is None else torch.tensor(cap, device=device)
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return score * scale_ if cap_ is None else cap_ * torch.tanh(score * scale_)
+
+    return capped
 
 
 def flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float | None) -> Tensor:
     """Attention [B, T, N, H] in the dtype of q; see `ops.attention.reference` for the definition."""
-
-    def capped(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return score if cap is None else cap * torch.tanh(score / cap)
-
-    out_BNTH = _compiled()(
-        q_BTNH.transpose(1, 2),
-        k_BSKH.transpose(1, 2),
-        v_BSKH.transpose(1, 2),
-        score_mod=capped,
-        block_mask=see.memo("block_mask", lambda: block_mask(see)),
-        scale=scale,
-        enable_gqa=True,
-    )
+    q_BNTH, k_BKSH, v_BKSH = (_pad(x_BLNH).transpose(1, 2) for x_BLNH in (q_BTNH, k_BSKH, v_BSKH))
+    mask = see.memo("block_mask", lambda: block_mask(see))
+    capped = see.memo(("score_mod", scale, cap), lambda: score_mod(scale, cap, q_BTNH.device))
+    with dynamo.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
+        out_BNTH: Tensor = _compiled(q_BTNH.device.type)(
+            q_BNTH, k_BKSH, v_BKSH, score_mod=capped, block_mask=mask, scale=1.0, enable_gqa=True
+        )
+    out_BTNH = out_BNTH.transpose(1, 2)[:, : q_BTNH.shape[1]]
     # padding queries see nothing: 0 by definition, whatever the kernel leaves in their rows
-    return out_BNTH.transpose(1, 2).masked_fill((see.q_pos_BT == PADDING)[:, :, None, None], 0)
+    return out_BTNH.masked_fill((see.q_pos_BT == PADDING)[:, :, None, None], 0)

@@ -72,8 +72,10 @@ def prose_examples(texts: Iterator[str], tokenizer: Tokenizer, length: int = LEN
             yield Example(piece, piece, at, at)
 
 
-def chat_examples(chats: Iterator[list[dict[str, str]]], tokenizer: Tokenizer, length: int = LENGTH) -> Iterator[Example]:
-    """Chats of at most `length` tokens; aligned on every answer's tokens and its end of turn (2)."""
+def chat_examples(
+    chats: Iterator[list[dict[str, str]]], tokenizer: Tokenizer, *, questions: bool, length: int = LENGTH
+) -> Iterator[Example]:
+    """Chats of at most `length` tokens; aligned on every answer's tokens and its end of turn (2), or the user's too."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
@@ -87,7 +89,7 @@ def chat_examples(chats: Iterator[list[dict[str, str]]], tokenizer: Tokenizer, l
             body = ids(message["content"].strip())
             student += [1, *ids("model\n" if answer else "user\n")]
             teacher += [1, *ids("assistant\n" if answer else "user\n")]
-            if answer:
+            if answer or questions:
                 student_at += range(len(student) - 1, len(student) + len(body))
                 teacher_at += range(len(teacher) - 1, len(teacher) + len(body))
             student += [*body, 2, *ids("\n")]
@@ -143,10 +145,10 @@ def _pack_both(rows: list[list[Example]]) -> tuple[Rows, Rows]:
 
 
 def mixed(folder: Path, tokenizer: Tokenizer) -> Iterator[Example]:
-    """Prose and chats by turns, as many tokens of each; either starts again when it is used up."""
+    """Prose and chats by turns, 3 tokens of prose to 2 of chats; either starts again when it is used up."""
     sources = [
         lambda: prose_examples(load_prose(folder, "train"), tokenizer),
-        lambda: chat_examples(load_chats(folder, "train"), tokenizer),
+        lambda: chat_examples(load_chats(folder, "train"), tokenizer, questions=True),
     ]
     streams, spent = [make() for make in sources], [0, 0]
     while True:
@@ -155,7 +157,7 @@ def mixed(folder: Path, tokenizer: Tokenizer) -> Iterator[Example]:
         if example is None:
             streams[which] = sources[which]()
             continue
-        spent[which] += len(example.student_at)
+        spent[which] += len(example.student_at) * (2, 3)[which]
         yield example
 
 
@@ -325,7 +327,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_str(gemma_tokenizer(source.tokenizer_json())[0])
     heldout = {
         "prose": lambda: prose_examples(load_prose(args.data, "heldout"), tokenizer),
-        "answers": lambda: chat_examples(load_chats(args.data, "heldout"), tokenizer),
+        "answers": lambda: chat_examples(load_chats(args.data, "heldout"), tokenizer, questions=False),
     }
     calibration = [e.student for e, _ in zip(prose_examples(load_prose(args.data, "train"), tokenizer, 256), range(64), strict=False)]
     calibration = [ids for ids in calibration if len(ids) == 256][:8]
