@@ -114,6 +114,10 @@ class Options:
     case: str | None = None
     """Measure this case alone (a JSON object), and print one JSON line."""
 
+    def __post_init__(self) -> None:
+        if min(*self.lengths, self.rounds, self.threads) < 1:
+            raise ValueError("lengths, rounds, threads: allowed is 1 or more of each")
+
 
 def cases(lengths: tuple[int, ...]) -> list[tuple[int, int | None, bool]]:
     """Length, window and whether backward runs too; the window only where it bites."""

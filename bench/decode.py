@@ -61,6 +61,12 @@ class Options:
     update: bool = False
     """Replace this bench's section in docs/benchmarks.md."""
 
+    def __post_init__(self) -> None:
+        if OURS not in self.runners or not set(self.runners) <= peers.PEERS.keys():
+            raise ValueError(f"runners: got {self.runners}, allowed are {OURS} and any of {', '.join(peers.PEERS)}")
+        if min(self.prompt, self.new, self.rounds, self.threads) < 1:
+            raise ValueError("prompt, new, rounds, threads: allowed is 1 or more of each")
+
 
 def one_run(runner: str, folder: Path, *, prompt: int, new: int, threads: int) -> Run:
     """One runner's result, from a process of its own."""
@@ -108,7 +114,7 @@ def speed_table(options: Options, runs: dict[str, list[Run]], ceilings: list[Cei
 def ratio_table(runs: dict[str, list[Run]]) -> str:
     """Our speed over each peer's: median over rounds of the ratio within a round, beside what is asked for."""
     lines = ["| gemwright over | prompt | asked | decoding | asked |", "|---|---|---|---|---|"]
-    for peer in runs.keys() - {OURS}:
+    for peer in [name for name in runs if name != OURS]:
         cells = []
         for phase, key in enumerate(("prefill_s", "decode_s")):
             ratios = [theirs[key] / ours[key] for ours, theirs in zip(runs[OURS], runs[peer], strict=True)]
@@ -142,7 +148,7 @@ def main(options: Options) -> None:
         print(ceilings[-1], file=sys.stderr)
         for name, results in runs.items():
             results.append(one_run(name, folder, prompt=options.prompt, new=options.new, threads=options.threads))
-    agreement = check_agreement(runs)
+        agreement = check_agreement(runs)
     unpacked = one_run(UNPACKED, folder, prompt=peers.WARM_UP, new=1, threads=options.threads)
     report = "\n\n".join(
         [

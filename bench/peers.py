@@ -184,7 +184,7 @@ class Gemwright:
 
     def __init__(self, folder: Path, context: int, threads: int, *, pack: bool = True) -> None:
         from gemwright.cache import KVCache
-        from gemwright.load import load_model
+        from gemwright.loader import load_model
 
         self.version = f"gemwright, {'packed' if pack else 'unpacked'}"
         self.model = load_model(folder, device=torch.device("cpu"), dtype=torch.bfloat16, pack=pack)

@@ -7,8 +7,8 @@ the source's; the norms in front of every sub-layer cancel that.
 What does not, and how close it comes:
 
 * SiLU becomes GELU. silu(x) = x sigmoid(x) and gelu(x) is nearly x sigmoid(1.702 x) (arXiv 1606.08415), so
-  silu(g) u is nearly gelu(g / 1.702) 1.702 u: the gate's rows are divided by 1.702 and the up rows multiplied. Measured on
-  SmolLM2-135M: KL to the source 1.84 nats a token instead of 2.39 before any training.
+  silu(g) u is nearly gelu(g / 1.702) 1.702 u: the gate's rows are divided by 1.702 and the up rows multiplied.
+  Measured on SmolLM2-135M: KL to the source 1.84 nats a token instead of 2.39 before any training.
 * Each sub-layer's output passes a norm that the source lacks. Its gain is constant: sqrt(D) times the median over
   calibration tokens of the RMS of the source's output there. The token-dependent size of the outputs is lost.
 * Caps of 50 and 30, and a window of 4096 on even layers, which a context of 4096 or less does not feel.
@@ -21,17 +21,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
+from tokenizers import Tokenizer as LibraryTokenizer
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from gemwright.checkpoint import Checkpoint, write
 from gemwright.config import ModelConfig
+from gemwright.gguf import Gguf
 from gemwright.ops.attention import Visibility, reference
 from gemwright.ops.rope import rope_tables, rotate
+from gemwright.weights import read_json
 
 GELU_OF_SILU: Final = 1.702
 TURN_TOKENS: Final = {"<|im_start|>": "<start_of_turn>", "<|im_end|>": "<end_of_turn>", "<|endoftext|>": "<bos>"}
@@ -206,3 +211,122 @@ def read_text(path: Path, limit: int = 2**20) -> str:
     """Calibration text from a file, at most `limit` characters."""
     with path.open(encoding="utf-8") as file:
         return file.read(limit)
+
+
+# Plain prose on everyday things, written for this: the medians that calibrate the post-norms need a few hundred tokens
+# of ordinary text, and a fixed one makes the result repeatable.
+CALIBRATION: Final = """\
+The ferry leaves the harbour at six in the morning, when the streets are still dark and the bakers are the only people
+awake. It carries letters, bread, two or three fishermen and, in summer, a crowd of visitors with heavy bags. The
+crossing takes an hour. On a calm day you can read a newspaper on deck; in a storm everybody sits below and waits.
+
+Water boils at one hundred degrees at sea level, but at a lower temperature in the mountains, because the air presses on
+it less. That is why a cook high above the valley needs more time for beans than a cook on the coast. The same rule
+explains the pressure cooker: it closes the steam in, raises the pressure, and so lets the water grow hotter.
+
+"Have you seen my keys?" asked Maria. Her brother looked up from his book. "On the shelf by the door, where you always
+leave them," he said. She laughed, took them, and ran down the stairs. The bus was already at the corner, and the
+driver, who knew her well, waited a moment longer than he had to.
+
+To mend a flat tyre, first take the wheel off and let out what air is left. Press the edge of the tyre inwards all
+around, then lift it over the rim with two levers. Pull out the tube, pump it up a little, and listen for the hole, or
+hold it under water and look for bubbles. Dry the place, roughen it, spread the glue thinly, wait five minutes, and
+press the patch on firmly.
+
+In the year 1815 a mountain on an island far to the south threw so much ash into the air that the next summer hardly
+came. Snow fell in June, the harvest failed in many countries, and bread became dear. Few people then knew the reason.
+It took a hundred years until somebody put the old reports together and understood what had happened.
+
+A triangle has three sides and three angles, and in a plane the angles add up to 180 degrees. If two sides are equally
+long, the angles opposite to them are equal as well. For example, with sides of 3, 4 and 5 the largest angle is a right
+one, since 9 + 16 = 25; builders have used a rope with twelve knots in this way for thousands of years.
+
+Our garden is small, but there is room for an apple tree, some herbs and a bench. In spring the blackbirds come first,
+then the bees. My grandmother used to say that one should plant a tree even if one will not eat its fruit, because
+somebody else planted the trees whose fruit one eats now. I did not understand her when I was a child.
+
+def mean(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+"""
+CALIBRATION_LENGTH: Final = 256
+"""Tokens of one row of calibration text."""
+
+
+def adopt(
+    source: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ModelConfig:
+    """Put a Llama-style checkpoint into the Gemma 2 architecture, as a folder in bf16; returns its configuration.
+
+    Args:
+        source: a GGUF file, or a Hugging Face folder of model_type llama.
+        out: the folder to write, by one atomic rename.
+        calibration: text on which the post-norms' gains are measured; None takes CALIBRATION.
+        overwrite: replace a checkpoint that is there.
+        progress: show a bar on stderr.
+
+    The source is held in fp32 while it calibrates. Raises AdoptError, GgufError, CheckpointError or an OSError.
+    """
+    tensors, llama_config, tokenizer_json, settings = _open(Path(source).expanduser())
+    spoken, gemma_settings = gemma_tokenizer(tokenizer_json)
+    settings = gemma_settings if spoken != tokenizer_json else settings | gemma_settings
+    tokenizer = LibraryTokenizer.from_str(spoken)
+    bos, eos, pad = special_ids(tokenizer, settings)
+    config = replace(adopted_config(llama_config), bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
+    ids = tokenizer.encode(CALIBRATION if calibration is None else calibration, add_special_tokens=False).ids
+    first = [] if config.bos_token_id is None else [config.bos_token_id]
+    width = min(CALIBRATION_LENGTH, len(ids) + len(first))
+    step = width - len(first)
+    rows = [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    if step < 16 - len(first):
+        raise AdoptError(f"calibration: got {len(ids)} tokens, allowed are 16 or more")
+    post_norms = calibrate(Llama(tensors, config), torch.tensor(rows))
+    each = tqdm(
+        adopted_tensors(tensors, config, post_norms),
+        total=len(config.parameter_shapes()),
+        desc="adopting",
+        unit="tensor",
+        disable=not progress,
+        leave=False,
+    )
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_ids)}
+    files = {"tokenizer.json": spoken.encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+    written = ((name, tensor.to(torch.bfloat16)) for name, tensor in each)
+    write(out, written, config=config.to_hf(), generation_config=generation, extra_files=files, overwrite=overwrite)
+    return config
+
+
+def _open(source: Path) -> tuple[Source, dict[str, Any], str, dict[str, Any]]:
+    """Tensors, Llama configuration, tokenizer.json and tokenizer_config.json of a GGUF file or a folder."""
+    if source.is_file():
+        gguf = Gguf(source)
+        if gguf.architecture != "llama":
+            raise AdoptError(f"{source}: architecture {gguf.architecture!r}, allowed is 'llama'")
+        return gguf, gguf.hf_config(), gguf.tokenizer_json(), gguf.tokenizer_config()
+    checkpoint = Checkpoint(source)
+    if not (source / "tokenizer.json").is_file():
+        raise AdoptError(f"{source}: no tokenizer.json, which the adopted model needs")
+    settings = source / "tokenizer_config.json"
+    return (
+        checkpoint,
+        {"tie_word_embeddings": False, **checkpoint.config},  # transformers' default where Llama's config is silent
+        (source / "tokenizer.json").read_text(encoding="utf-8"),
+        read_json(settings) if settings.is_file() else {},
+    )
+
+
+def special_ids(tokenizer: LibraryTokenizer, settings: Mapping[str, Any]) -> list[int | None]:
+    """Ids of BOS, EOS and padding, as the adopted tokenizer's configuration names them.
+
+    The source's own ids do not serve: SmolLM2 calls `<|im_start|>` its BOS, which becomes `<start_of_turn>` here.
+    """
+    named = [settings.get(f"{role}_token") for role in ("bos", "eos", "pad")]
+    texts = [token["content"] if isinstance(token, Mapping) else token for token in named]
+    return [None if text is None else tokenizer.token_to_id(text) for text in texts]

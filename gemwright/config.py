@@ -206,7 +206,8 @@ def _read_rope(values: dict[str, Any], rest: dict[str, Any]) -> None:
     """Move `rope_parameters` (transformers 5) or `rope_theta` (4) into `values`; refuse any scaling."""
     rope = rest.pop("rope_parameters", None) or {}
     scaling = rest.pop("rope_scaling", None)
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "default":
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else scaling
+    if scaling is not None and kind != "default":
         raise ConfigError(f"rope_scaling: got {scaling!r}, allowed is null (Gemma 2 does not scale its positions)")
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_parameters: got {rope!r}, allowed is an object with rope_type and rope_theta")
@@ -255,7 +256,9 @@ def _check(c: ModelConfig) -> None:
         f"a multiple of num_key_value_heads ({c.num_key_value_heads})",
     )
     need(
-        len(c.layer_types) == c.num_hidden_layers and set(c.layer_types) <= {LOCAL, GLOBAL},
+        isinstance(c.layer_types, tuple)
+        and len(c.layer_types) == c.num_hidden_layers
+        and all(kind in (LOCAL, GLOBAL) for kind in c.layer_types),
         "layer_types",
         f"{c.num_hidden_layers} values out of {LOCAL!r} and {GLOBAL!r}",
     )
@@ -263,7 +266,7 @@ def _check(c: ModelConfig) -> None:
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(c, field)
         ids = value if isinstance(value, tuple) else (value,)
-        ok = all(i is None or (isinstance(i, int) and 0 <= i < c.vocab_size) for i in ids)
+        ok = all(i is None or (type(i) is int and 0 <= i < c.vocab_size) for i in ids)
         need(ok, field, f"an id in 0..{c.vocab_size - 1} or null")
 
 

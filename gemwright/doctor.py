@@ -1,8 +1,8 @@
 """doctor: does a checkpoint hold what Gemma 2 defines, and does this machine compute it?
 
 Each check is named after the trait it guards; `CHECKS` also tells how released tools have broken it. Facts of the files
-are read and compared; arithmetic is probed on the checkpoint's own weights (`doctor_probes.py`). Any consistent shape is
-legal, so constants are compared with the published ones only where hidden size and number of layers are those of a
+are read and compared; arithmetic is probed on the checkpoint's own weights (`doctor_probes.py`). Any consistent shape
+is legal, so constants are compared with the published ones only where hidden size and number of layers are those of a
 published model.
 
 A check that cannot run, because what it needs failed before, is `skipped` and names it: one fault fails one check.
@@ -23,7 +23,7 @@ from gemwright import doctor_probes as probes
 from gemwright import prompt
 from gemwright.checkpoint import EMBEDDING, HEAD, Checkpoint, CheckpointError
 from gemwright.config import GLOBAL, LOCAL, ModelConfig
-from gemwright.load import FP16_HIDDEN_LIMIT, choose_device, choose_dtype
+from gemwright.loader import FP16_HIDDEN_LIMIT, choose_device, choose_dtype
 from gemwright.ops.attention import PHASES, Attention
 from gemwright.tokenizer import TURN_TOKENS, Tokenizer
 
@@ -435,8 +435,8 @@ def _cache(s: Subject) -> Finding:
 
 
 def _attention(s: Subject) -> Finding:
+    s.need("dtype", "query scale")
     chosen = ", ".join(f"{phase} {getattr(s.attention, phase)}" for phase in PHASES)
-    s.need("query scale")
     if s.plain:
         return _fail("; ".join(dict.fromkeys(map(str, s.plain))), _USE_REFERENCE)
     s.need("attention cap", "window")

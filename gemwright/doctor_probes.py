@@ -136,7 +136,7 @@ def sample(checkpoint: Checkpoint, config: ModelConfig, layers: tuple[int, ...])
     hidden_BTD = model(tokens_BT, torch.arange(TOKENS)[None])
     for handle in handles:
         handle.remove()
-    peak = max(float(x.abs().max()) for x in inputs)
+    peak = float(torch.stack([x.abs().max() for x in inputs]).max())  # NaN stays NaN
     return Sample(layers, model, tokens_BT, inputs[0], hidden_BTD, tuple(recording.calls), peak)
 
 
@@ -161,12 +161,16 @@ class Outcome:
     """Error that the broken trait would have, in the way that shows least."""
     nearest: float
     """Distance of the output to that of the trait broken in the way that comes closest."""
+    fault: str = ""
+    """What the backend raised instead of an output."""
 
     @property
     def ok(self) -> bool:
         return self.error <= self.allowed  # False for NaN
 
     def __str__(self) -> str:
+        if self.fault:
+            return f"{self.backend} ({self.phase}) {self.fault}"
         return f"{self.backend} ({self.phase}) error {self.error:.1e}, allowed {self.allowed:.0e}"
 
 
@@ -193,12 +197,15 @@ def attention_probe(
                 continue
             given = _inputs(kind, call, phase, device, dtype)
             truth = _reference(given, given.see, given.cap)
-            got = attend(given.q_BTNH, given.k_BSKH, given.v_BSKH, given.see, scale=given.scale, cap=given.cap)
+            name, fault = getattr(attention, phase), ""
+            try:
+                got = attend(given.q_BTNH, given.k_BSKH, given.v_BSKH, given.see, scale=given.scale, cap=given.cap)
+            except RuntimeError as error:  # torch: no such kernel, out of memory
+                got, fault = torch.full_like(truth, torch.nan), f"raises {type(error).__name__}: {error}"
             broken = list(_broken(kind, given))
             bite = min((_error(wrong, truth) for wrong in broken), default=math.inf)
             nearest = min((_error(got, wrong) for wrong in broken), default=math.inf)
-            name, error = getattr(attention, phase), _error(got, truth)
-            outcomes.append(Outcome(name, phase, error, TOLERANCE[dtype], bite, nearest))
+            outcomes.append(Outcome(name, phase, _error(got, truth), TOLERANCE[dtype], bite, nearest, fault))
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""The plain loop: one batch of prompts, read in chunks, then a token a step. No scheduler; the oracle of faster engines.
+"""The plain loop: one batch of prompts, read in chunks, then a token a step. The oracle of faster engines.
 
 Rows of different length are padded on the right with position -1, so a row's result does not depend on its company. The
 head, 256k wide, meets only the rows that are wanted: the last position of each prompt, and prompt positions whose

@@ -19,7 +19,7 @@ import torch
 from gemwright import bundled, hub, prompt
 from gemwright.checkpoint import Checkpoint
 from gemwright.generate import Finish, Generation, Token, TokenLogprob, loglikelihood
-from gemwright.load import choose_device, load_model
+from gemwright.loader import choose_device, load_model
 from gemwright.sampling import SamplingParams, defaults
 from gemwright.tokenizer import TextStream, Tokenizer
 
@@ -179,6 +179,8 @@ class LM:
         first = len(self.tokenizer.encode(stripped)) if stripped else int(self.tokenizer.add_bos)
         if first == 0 and self.tokenizer.bos_id is not None:
             whole, first = [self.tokenizer.bos_id, *whole], 1
+        if len(whole) <= first:
+            raise ValueError(f"continuation: {continuation!r} adds no token of its own after {context[-20:]!r}")
         return whole[:first], whole[first:]
 
 

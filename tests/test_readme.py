@@ -1,7 +1,7 @@
 """README is executed: its commands and examples run, its tree is the tree, its table lists the verbs, its links exist.
 
-A block that needs a network, or installs, carries the comment `<!-- not run: reason -->`. The models it names are found as
-folders of the same name in the current one, made here at debug size, so nothing is fetched.
+A block that needs the network carries the comment `<!-- not run: reason -->`. The models that the others name are found
+as folders of the same name in the current one, made here at debug size, so nothing is fetched.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from gemwright.checkpoint import write
 from gemwright.cli import VERBS
 from gemwright.config import PRESETS, ModelConfig
+from gemwright.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,10 +35,10 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which README's model names are checkpoints of debug size."""
     here = tmp_path_factory.mktemp("readme")
-    config = ModelConfig(**{**PRESETS["debug"], "vocab_size": 1024})
+    tokenizer = tokenizer_fixtures.gemma(here / "tokenizer")
+    config = ModelConfig(**{**PRESETS["debug"], "vocab_size": Tokenizer.load(tokenizer).vocab_size})
     generator = torch.Generator().manual_seed(0)
     for name in set(re.findall(r"google/gemma-[\w-]+", README)):
-        tokenizer = tokenizer_fixtures.gemma(here / f"tokenizer-of-{Path(name).name}")
         write(
             here / name,
             [(key, torch.randn(s, generator=generator) * 0.05) for key, s in config.parameter_shapes().items()],

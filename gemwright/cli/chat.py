@@ -29,6 +29,7 @@ LONGEST_ANSWER: Final = 1024
 """Tokens of an answer where --max-new-tokens is not given and the context has room."""
 NEARLY_FULL: Final = 0.8
 """Share of the context from which on every answer is followed by a warning."""
+ROOM: Final = "/reset starts anew, /save FILE keeps what was said"
 HELP: Final = """\
 /help           this list
 /reset          forget the conversation
@@ -39,13 +40,15 @@ HELP: Final = """\
 /exit           leave (as Ctrl-D does)
 Enter sends; Alt-Enter, or a backslash at the end of a line, starts a new line; Ctrl-C stops an answer."""
 
+_CONTROLS: Final = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
 
 @dataclass(frozen=True)
 class Options:
     """Talk with a model in the terminal.
 
-    Without MODEL, a small bundled model answers. In the chat, /help lists the commands. Piped input is read one message a
-    line, and answers alone go to stdout.
+    Without MODEL, a small bundled model answers. In the chat, /help lists the commands. Piped input is read one message
+    a line, and answers alone go to stdout.
 
     For example:
 
@@ -84,7 +87,7 @@ def run(options: Options) -> int:
 def _introduction(lm: LM, name: str | None) -> str:
     """What this model is."""
     parameters = lm.config.num_parameters()
-    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
     dtype = str(lm.dtype).removeprefix("torch.")
     shape = f"{size} parameters, {dtype} on {lm.device.type}, context {lm.config.max_position_embeddings} tokens"
     if name is not None:
@@ -108,17 +111,24 @@ class Screen:
             print(f"\x1b[2m{text}\x1b[0m" if self.dim else text, file=sys.stdout if self.terminal else sys.stderr)
 
     def piece(self, text: str) -> None:
-        """A piece of an answer."""
+        """A piece of an answer; on a terminal without control characters, which would be obeyed there."""
         if not self.as_json:
-            print(text, end="", flush=True)
+            print(text.translate(_CONTROLS) if self.terminal else text, end="", flush=True)
 
-    def end(self, completion: Completion, counts: dict[str, Any]) -> None:
+    def end(self, completion: Completion, seconds: float) -> None:
         """The end of an answer."""
-        if self.as_json:
-            answer = {"text": completion.text, "finish_reason": completion.finish_reason, **counts}
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-        else:
+        if not self.as_json:
             print(flush=True)
+            return
+        answer = {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "new_tokens": len(completion.tokens),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(len(completion.tokens) / seconds, 1),
+        }
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
 class Chat:
@@ -142,7 +152,9 @@ class Chat:
         self.lm.encode([{"role": "user", "content": "Hello"}], system=self.system)
 
     def take(self, text: str) -> bool:
-        """Answer a message or obey a command; False to leave."""
+        """Answer a message or obey a command; False to leave. What fails leaves the conversation as it was."""
+        from gemwright.generate import ContextError
+
         if not text.strip():
             return True
         name, _, argument = text.strip().partition(" ")
@@ -154,71 +166,50 @@ class Chat:
             elif name.startswith("/") and name[1:].isalpha():
                 self.screen.note(f"no command {name}; /help lists them")
             else:
-                self.messages.append({"role": "user", "content": text})
-                self.answer()
-        except (ValueError, OSError) as error:
-            self.screen.note(f"{error}")
-        return True
-
-    def answer(self) -> None:
-        """Stream the answer to the last message; Ctrl-C ends it and keeps what there is."""
-        from gemwright.generate import ContextError
-
-        context = self.lm.config.max_position_embeddings
-        prompt = len(self.lm.encode(self.messages, system=self.system))
-        sampling = {"max_new_tokens": max(1, min(LONGEST_ANSWER, context - prompt)), **self.sampling}
-        if "seed" in sampling:
-            sampling["seed"] += self.retries
-        start, first = time.perf_counter(), 0.0
-        try:
-            stream = self.lm.stream(self.messages, system=self.system, **sampling)
+                self.ask([*self.messages, {"role": "user", "content": text}])
         except ContextError as error:
-            self.messages.pop()
-            raise ValueError(f"{error}. The message was taken back: {_ROOM}") from error
-        stopped = False
-        try:
-            for piece in stream:
-                first = first or time.perf_counter()
-                self.screen.piece(piece)
+            self.screen.note(f"{error}. The message was taken back: {ROOM}")
+        except (ValueError, OSError) as error:
+            self.screen.note(str(error))
         except KeyboardInterrupt:
             if not self.screen.terminal:
                 raise
+            self.screen.note("(stopped before a word: the message was taken back)")
+        return True
+
+    def ask(self, messages: list[dict[str, str]]) -> None:
+        """Stream the answer to messages that end with the user's; Ctrl-C ends it and keeps what there is."""
+        context = self.lm.config.max_position_embeddings
+        prompt = len(self.lm.encode(messages, system=self.system))
+        sampling = {"max_new_tokens": max(1, min(LONGEST_ANSWER, context - prompt)), **self.sampling}
+        if "seed" in sampling:
+            sampling["seed"] += self.retries
+        start = time.perf_counter()
+        stream = self.lm.stream(messages, system=self.system, **sampling)
+        stopped = False
+        try:
+            for piece in stream:
+                self.screen.piece(piece)
+        except KeyboardInterrupt:
             stopped = True
-        completion, end = stream.completion, time.perf_counter()
-        new = len(completion.tokens)
-        rate = (new - 1) / (end - first) if first and new > 1 else 0.0
-        counts = {
-            "prompt_tokens": completion.prompt_tokens,
-            "new_tokens": new,
-            "seconds": round(end - start, 3),
-            "tokens_per_second": round(rate, 1),
-        }
-        self.screen.end(completion, counts)
-        self._keep(completion, stopped)
-        self.screen.note(self._remarks(completion, stopped, rate, first - start, context))
+            if not self.screen.terminal or not stream.completion.text.strip():
+                raise
+        completion, seconds = stream.completion, time.perf_counter() - start
+        self.messages = [*messages, {"role": "assistant", "content": completion.text}]
+        self.screen.end(completion, seconds)
+        self.screen.note(self._remarks(completion, stopped, seconds, context))
 
-    def _keep(self, completion: Completion, stopped: bool) -> None:
-        """Put the answer into the conversation; without a word of one the message is taken back."""
-        if completion.text.strip():
-            self.messages.append({"role": "assistant", "content": completion.text})
-        elif stopped:
-            self.messages.pop()
-        else:
-            self.messages.append({"role": "assistant", "content": ""})
-
-    def _remarks(self, completion: Completion, stopped: bool, rate: float, wait: float, context: int) -> str:
+    def _remarks(self, completion: Completion, stopped: bool, seconds: float, context: int) -> str:
         new = len(completion.tokens)
-        parts = [f"{completion.prompt_tokens} tokens read, {new} written"]
-        if rate:
-            parts.append(f"{rate:.1f} tokens/s after {wait:.1f} s")
+        parts = [f"{completion.prompt_tokens} tokens read", f"{new} written, {new / seconds:.1f} tokens/s"]
         if stopped:
-            parts.append("stopped" if completion.text.strip() else "stopped before a word, the message is taken back")
+            parts.append("stopped")
         elif completion.finish_reason == "length":
             parts.append("cut at the limit (--max-new-tokens, or the end of the context)")
         line = f"({'; '.join(parts)})"
         used = completion.prompt_tokens + new
         if used > NEARLY_FULL * context:
-            line += f"\n{used} of {context} tokens of context are used: {_ROOM}"
+            line += f"\n{used} of {context} tokens of context are used: {ROOM}"
         return line
 
     def reset(self) -> None:
@@ -228,12 +219,12 @@ class Chat:
 
     def retry(self) -> None:
         """Answer the last user message anew."""
-        if self.messages and self.messages[-1]["role"] != "user":
-            self.messages.pop()
-        if not self.messages:
+        answered = bool(self.messages) and self.messages[-1]["role"] != "user"
+        messages = self.messages[:-1] if answered else self.messages
+        if not messages:
             raise ValueError("/retry: there is no message to answer yet")
         self.retries += 1
-        self.answer()
+        self.ask(messages)
 
     def set_system(self, text: str) -> None:
         """Set, show or remove the system text; it acts on the whole conversation."""
@@ -274,9 +265,6 @@ class Chat:
         self.messages, self.system, self.retries = messages, system, 0
         waiting = bool(messages) and messages[-1]["role"] == "user"
         self.screen.note(f"{len(messages)} messages from {path}{'; /retry answers the last' if waiting else ''}")
-
-
-_ROOM: Final = "/reset starts anew, /save FILE keeps what was said"
 
 
 def _path(command: str, file: str) -> Path:

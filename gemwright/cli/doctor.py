@@ -27,9 +27,9 @@ NAME, STATUS = 17, 9
 class Options:
     """Check a checkpoint, and this machine's arithmetic on its weights, trait by trait.
 
-    Every check is named after a trait of Gemma 2 that tools have been known to break: soft-caps, the window, BOS, the norms'
-    + 1, and so on. Facts of the files are read; arithmetic is probed on a few layers of the real weights, with inputs
-    scaled so that caps and window bite. Memory stays bounded by those layers.
+    Every check is named after a trait of Gemma 2 that tools have been known to break: soft-caps, the window, BOS, the
+    norms' + 1, and so on. Facts of the files are read; arithmetic is probed on a few layers of the real weights, with
+    inputs scaled so that caps and window bite. Memory stays bounded by those layers.
 
     Exit code: 0 if no check failed, 1 if one did, 2 if the folder is not there.
 

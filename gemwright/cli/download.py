@@ -15,8 +15,8 @@ from gemwright.cli.options import File, Flag, Text
 class Options:
     """Fetch a model from the Hugging Face hub and print its folder.
 
-    Only what a checkpoint consists of is fetched: safetensors, configs, tokenizer. Gemma's repositories are gated: accept
-    the licence on the hub's page first, then `hf auth login` once, or pass --token.
+    Only what a checkpoint consists of is fetched: safetensors, configs, tokenizer. Gemma's repositories are gated:
+    accept the licence on the hub's page first, then `hf auth login` once, or pass --token.
 
     For example:
 

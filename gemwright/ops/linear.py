@@ -1,7 +1,7 @@
 """Linears for inference on CPU: the weight in the form that this processor multiplies fastest.
 
-`PackedLinear`, where bf16 matmuls are native (AVX-512 BF16, AMX): oneDNN's blocked layout, chosen once. Reading one row
-it reaches 95 % of the memory bandwidth (a plain bf16 linear 55 %), reading a prompt 760 GFLOP/s (measured, 2 cores Zen 5).
+`PackedLinear`, where bf16 matmuls are native (AVX-512 BF16, AMX): oneDNN's blocked layout, chosen once. For one row it
+reaches 95 % of the memory bandwidth (a plain bf16 linear 55 %), for a prompt 760 GFLOP/s (measured, 2 cores of Zen 5).
 
 `UpcastLinear`, where they are not (AVX2): few rows go through torch's bf16 matrix-vector kernel, which is bound by
 memory; many rows through fp32, the weight converted in tiles that fit the cache, since a bf16 matmul is emulated there.
@@ -54,8 +54,8 @@ class UpcastLinear(nn.Module):
         y = torch.empty(len(x), self.out_features)
         x32 = x.float()
         rows = max(64, TILE_BYTES // (4 * self.in_features))
-        for weight_fD, y_Xf in zip(self.weight.detach().split(rows), y.split(rows, dim=1), strict=True):
-            y_Xf.copy_(x32 @ weight_fD.float().T)
+        for start in range(0, self.out_features, rows):
+            y[:, start : start + rows] = x32 @ self.weight[start : start + rows].float().T
         return y.to(x_XD.dtype).view(*x_XD.shape[:-1], self.out_features)
 
 

@@ -1,7 +1,7 @@
 """Log-probabilities and divergences from hidden states and a head, in chunks of tokens: no [T, V] tensor ever exists.
 
-Logits are softcap(hidden . W^T) in fp32, as in `Gemma2.logits`; log-probability is logit - logsumexp. The matmul runs in
-the dtype it is given, cap, logsumexp and sums in fp32.
+Logits are softcap(hidden . W^T) in fp32, as in `Gemma2.logits`; log-probability is logit - logsumexp. The matmul runs
+in the dtype it is given, cap, logsumexp and sums in fp32.
 
 Legend: X tokens (x in one chunk), D model, V vocabulary.
 """

@@ -4,16 +4,16 @@
     python recipes/mini/heal.py train --data DIR --out DIR/run --minutes 60
     python recipes/mini/heal.py evaluate --data DIR --delta DIR/run/delta.safetensors
 
-The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the teacher is the source
-itself. On prose both read the same tokens after `<bos>`. On chats the student reads Gemma's turns and the teacher its own
-ChatML with its default system text; the loss is taken where both predict the same token of an answer.
+The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the teacher is the
+source itself. On prose both read the same tokens after `<bos>`. On chats the student reads Gemma's turns and the teacher
+its own ChatML with its default system text; the loss is taken where both predict the same token.
 
     loss = mean over tokens of KL(teacher || student) + c(t) * mean over norms of |h_s - h_t|^2 / |h_t|^2
 
 h is the normed input of a sub-layer: student and teacher start from the same linears, so every sub-layer should read
 the same input; this settles the new post-norms long before the logits alone would. c falls to zero at two thirds.
-Trained are the norms, whole, each at a rate in proportion to its gain (post-norm gains reach 500), and a low-rank update of
-every linear. The rate follows the wall clock (warm-up, constant, linear decay), so a run fits the time it is given.
+Trained are the norms, whole, each at a rate in proportion to its gain (post-norm gains reach 500), and a low-rank update
+of every linear. The rate follows the wall clock (warm-up, constant, linear decay), so a run fits the time it is given.
 
 Legend: B rows, T tokens, D model, X aligned tokens.
 """
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def chat_examples(
     """Chats of at most `length` tokens; aligned on every answer's tokens and its end of turn (2), or the user's too."""
 
     def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     for messages in chats:
         student, teacher = [0], [1, *ids("system\n" + SYSTEM), 2, *ids("\n")]
@@ -162,17 +163,24 @@ def mixed(folder: Path, tokenizer: Tokenizer) -> Iterator[Example]:
 
 
 class Inputs:
-    """Records the normed input of every sub-layer of the student during a forward pass."""
+    """Records the normed input of every sub-layer of the student during a forward pass, until closed."""
 
     def __init__(self, model: Gemma2) -> None:
         self.seen: list[Tensor] = []
-        for name, module in model.named_modules():
-            if name.endswith((".input_layernorm", ".pre_feedforward_layernorm")):
-                module.register_forward_hook(lambda _module, _args, out: self.seen.append(out))
+        self.hooks = [
+            module.register_forward_hook(lambda _module, _args, out: self.seen.append(out))
+            for name, module in model.named_modules()
+            if name.endswith((".input_layernorm", ".pre_feedforward_layernorm"))
+        ]
 
     def take(self) -> list[Tensor]:
+        """What the last pass recorded, in the order of the layers."""
         seen, self.seen = self.seen, []
         return seen
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 def adopted(source: Gguf, llama: Llama, config: ModelConfig, calibration: Tensor) -> Gemma2:
@@ -219,7 +227,10 @@ def evaluate(model: Gemma2, llama: Llama, examples: Iterator[Example], tokens: i
     for student, teacher in batches(examples):
         *_, t_hidden = llama.layers(teacher.tokens, teacher.pos, teacher.doc)
         assert isinstance(t_hidden, Tensor)
-        h_s, h_t = model(student.tokens, student.pos, student.doc).flatten(0, 1)[student.at], t_hidden.flatten(0, 1)[teacher.at]
+        h_s, h_t = (
+            model(student.tokens, student.pos, student.doc).flatten(0, 1)[student.at],
+            t_hidden.flatten(0, 1)[teacher.at],
+        )
         head, cap = model.lm_head.weight, model.config.final_logit_softcapping
         total["kl"] += float(kl_divergence(h_s, head, h_t, llama.head, cap=cap))
         targets = student.tokens.flatten()[student.at + 1, None]
@@ -236,6 +247,25 @@ def evaluate(model: Gemma2, llama: Llama, examples: Iterator[Example], tokens: i
 def rate(progress: float, step: int) -> float:
     """Warm-up over 10 steps, constant, linear decay over the last 40 % of the time."""
     return min(1.0, (step + 1) / 10, max(0.0, 1 - progress) / 0.4)
+
+
+def losses(model: Gemma2, llama: Llama, inputs: Inputs, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
+    """KL to the teacher per aligned token, and the mean relative distance of the sub-layers' inputs."""
+    with torch.no_grad():
+        *layers, t_hidden = llama.layers(teacher.tokens, teacher.pos, teacher.doc)
+    assert isinstance(t_hidden, Tensor)
+    h_s = model(student.tokens, student.pos, student.doc).flatten(0, 1)[student.at]
+    h_t = t_hidden.flatten(0, 1)[teacher.at]
+    cap = model.config.final_logit_softcapping
+    kl = kl_divergence(h_s, model.lm_head.weight, h_t, llama.head, cap=cap) / len(student.at)
+    wanted = [
+        h for layer in layers if isinstance(layer, LlamaLayer) for h in (layer.attention_in, layer.feedforward_in)
+    ]
+    match = kl.new_zeros(())
+    for seen, want in zip(inputs.take(), wanted, strict=True):
+        a, b = seen.flatten(0, 1)[student.at], want.flatten(0, 1)[teacher.at]
+        match = match + ((a - b).square().sum(-1) / b.square().sum(-1)).mean() / len(wanted)
+    return kl, match
 
 
 def train(args: argparse.Namespace, model: Gemma2, llama: Llama, tokenizer: Tokenizer) -> None:
@@ -262,48 +292,32 @@ def train(args: argparse.Namespace, model: Gemma2, llama: Llama, tokenizer: Toke
         progress = elapsed / (args.minutes * 60)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * rate(progress, step)
-        with torch.no_grad():
-            *layers, t_hidden = llama.layers(teacher.tokens, teacher.pos, teacher.doc)
-        assert isinstance(t_hidden, Tensor)
-        hidden = model(student.tokens, student.pos, student.doc).flatten(0, 1)
-        X = len(student.at)
-        kl = kl_divergence(
-            hidden[student.at],
-            model.lm_head.weight,
-            t_hidden.flatten(0, 1)[teacher.at],
-            llama.head,
-            cap=model.config.final_logit_softcapping,
-        ) / X
-        match = hidden.new_zeros(())
-        seen = inputs.take()
+        kl, match = losses(model, llama, inputs, student, teacher)
         weight = max(0.0, 1 - progress * 1.5)
-        if weight:
-            wanted = [h for layer in layers if isinstance(layer, LlamaLayer) for h in (layer.attention_in, layer.feedforward_in)]
-            for h_s, h_t in zip(seen, wanted, strict=True):
-                a, b = h_s.flatten(0, 1)[student.at], h_t.flatten(0, 1)[teacher.at]
-                match = match + ((a - b).square().sum(-1) / b.square().sum(-1)).mean() / len(seen)
         optimizer.zero_grad(set_to_none=True)
         (kl + weight * match).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if math.isfinite(float(norm)):
             optimizer.step()
-        step, tokens = step + 1, tokens + X
+        step, tokens = step + 1, tokens + len(student.at)
         now = time.monotonic()
         elapsed, last = elapsed + now - last, now
-        row = {"step": step, "tokens": tokens, "minutes": elapsed / 60, "kl": float(kl), "match": float(match), "norm": float(norm)}
+        row = {"step": step, "tokens": tokens, "minutes": elapsed / 60}
+        row |= {"kl": float(kl.detach()), "match": float(match.detach()), "norm": float(norm)}
         with (out / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         if step % 5 == 0:
             print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), f"tokens/s {tokens / elapsed:.0f}", flush=True)
-        if step % 40 == 0 or elapsed >= args.minutes * 60:
+        if step % 10 == 0 or elapsed >= args.minutes * 60:
             save(out, model, optimizer, step, tokens, elapsed)
+    inputs.close()
 
 
 def save(out: Path, model: Gemma2, optimizer: torch.optim.Optimizer, step: int, tokens: int, elapsed: float) -> None:
     """Delta and resume state, each by an atomic rename."""
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    state = {"parameters": parameters, "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens, "elapsed": elapsed}
-    torch.save(state, out / "state.tmp")
+    counts = {"step": step, "tokens": tokens, "elapsed": elapsed}
+    torch.save({"parameters": parameters, "optimizer": optimizer.state_dict(), **counts}, out / "state.tmp")
     (out / "state.tmp").replace(out / "state.pt")
     save_file(delta_state(model), out / "delta.tmp", metadata=delta_metadata(RANK))
     (out / "delta.tmp").replace(out / "delta.safetensors")
@@ -329,8 +343,8 @@ def main() -> None:
         "prose": lambda: prose_examples(load_prose(args.data, "heldout"), tokenizer),
         "answers": lambda: chat_examples(load_chats(args.data, "heldout"), tokenizer, questions=False),
     }
-    calibration = [e.student for e, _ in zip(prose_examples(load_prose(args.data, "train"), tokenizer, 256), range(64), strict=False)]
-    calibration = [ids for ids in calibration if len(ids) == 256][:8]
+    pieces = (e.student for e in prose_examples(load_prose(args.data, "train"), tokenizer, 256))
+    calibration = list(islice((piece for piece in pieces if len(piece) == 256), 8))
     model = adopted(source, llama, config, torch.tensor(calibration))
     if args.command == "train":
         if args.out is None:

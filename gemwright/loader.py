@@ -47,15 +47,16 @@ def choose_dtype(
     fp16 is refused where the activations overflow it.
     """
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    chosen: torch.dtype
     if dtype == "auto":
         chosen = checkpoint.dtype("model.embed_tokens.weight")
         if chosen == torch.float16 and device.type == "cpu":
             chosen = torch.float32
     else:
-        found = dtype if isinstance(dtype, torch.dtype) else names.get(str(dtype).removeprefix("torch."))
-        if found not in names.values():
+        name = str(dtype).removeprefix("torch.")
+        if name not in names:
             raise ValueError(f"dtype: got {dtype!r}, allowed are auto, {', '.join(names)}")
-        chosen = found
+        chosen = names[name]
     if chosen == torch.float16 and config.hidden_size >= FP16_HIDDEN_LIMIT:
         raise ValueError(
             f"dtype: got float16 for hidden size {config.hidden_size}; activations of this model pass 65504, the largest "

@@ -1,0 +1,38 @@
+"""A tiny Gemma 2 folder with a tokenizer, weights at random and every trait in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizer_fixtures
+import torch
+from torch import Tensor
+
+from gemwright.checkpoint import write
+from gemwright.config import ModelConfig
+from gemwright.tokenizer import Tokenizer
+
+GENERATION = {"eos_token_id": [1, 107]}
+
+
+def weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    """The same numbers at every call."""
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in config.parameter_shapes().items():
+        spread = 0.3 if len(shape) == 1 else 0.2
+        yield name, (torch.randn(shape, generator=generator) * spread).to(dtype)
+
+
+def gemma2(folder: Path, **changes: Any) -> ModelConfig:
+    """Write the folder, with changes to the debug configuration; returns that."""
+    tokens = tokenizer_fixtures.gemma(
+        folder.with_name(f"{folder.name}-tokens"),
+        config={**tokenizer_fixtures.CONFIG, "chat_template": tokenizer_fixtures.PUBLISHED},
+    )
+    size = Tokenizer.load(tokens).vocab_size
+    config = dataclasses.replace(ModelConfig.preset("debug"), **{"vocab_size": size, **changes})
+    write(folder, weights(config), config=config.to_hf(), generation_config=GENERATION, copy_from=tokens)
+    return config

@@ -1,0 +1,415 @@
+"""Every attention backend against fp64 truth: outputs and gradients, in fp32 and bf16, on ragged shapes.
+
+A backend may be as wrong as the plain computation in the same dtype (what transformers' eager path does) and no more.
+Truth and the plain computation build their mask here, token by token from the rule, not from `Visibility`.
+
+Legend: B rows, T queries, S keys, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemwright.ops import attention_blocked, attention_flex
+from gemwright.ops.attention import (
+    AUTO,
+    BACKENDS,
+    EMPTY,
+    PADDING,
+    PHASES,
+    Attend,
+    Attention,
+    Backend,
+    Visibility,
+    resolve,
+    softcap,
+)
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SLACK = {FP32: 2e-6, BF16: 2**-7}
+"""Above the plain computation's own error: in bf16 two roundings of 2^-8, of the weights and of the output."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: who sees whom, as positions and documents, and what the scores go through."""
+
+    name: str
+    T: int
+    S: int
+    rows: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    window: int | None = None
+    cap: float | None = 50.0
+    scale: float = 12**-0.5
+    layout: str = "causal"
+
+    def see(self, device: str = "cpu") -> Visibility:
+        """Positions in the layout's way; keys end where the queries do."""
+        k_pos = torch.arange(self.S).repeat(self.rows, 1)
+        q_pos = k_pos[:, self.S - self.T :].clone()
+        q_doc = k_doc = None
+        if self.layout == "left_padding":  # each row has one token less
+            for row in range(self.rows):
+                q_pos[row], k_pos[row] = q_pos[row] - 3 * row, k_pos[row] - 3 * row
+            q_pos, k_pos = q_pos.clamp(min=PADDING), k_pos.clamp(min=PADDING)
+        elif self.layout == "right_padding":
+            for row in range(self.rows):
+                if cut := min(3 * row, self.T - 1):
+                    q_pos[row, self.T - cut :] = PADDING
+                    k_pos[row, self.S - cut :] = PADDING
+        elif self.layout == "ring":  # keys in the order of a wrapped ring, some slots empty, rows at other places
+            for row in range(self.rows):
+                k_pos[row] = k_pos[row].roll(7 + 5 * row)
+                k_pos[row][k_pos[row] < 2 * row] = EMPTY
+        elif self.layout == "documents":
+            lengths = torch.tensor([self.S // 3, 1, self.S - self.S // 3 - 1])
+            k_doc = torch.arange(3).repeat_interleave(lengths).repeat(self.rows, 1)
+            k_pos = torch.cat([torch.arange(int(n)) for n in lengths]).repeat(self.rows, 1)
+            k_pos[-1, -2:], k_doc[-1, -2:] = PADDING, 0
+            q_doc, q_pos = k_doc[:, self.S - self.T :], k_pos[:, self.S - self.T :]
+        elif self.layout == "blind":  # half of the rows and the first query of the others see nothing at all
+            k_pos[0] = EMPTY
+            k_pos[1:, 0] = PADDING
+            q_pos[1:, 0] = 0
+        moved = [None if x is None else x.to(device) for x in (q_pos, k_pos, q_doc, k_doc)]
+        assert moved[0] is not None
+        assert moved[1] is not None
+        return Visibility(moved[0], moved[1], moved[2], moved[3], window=self.window)
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys whose scores pass the cap, in the strides of the model (q) and of the cache (k, v)."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        B, K, H = self.rows, self.kv_heads, self.head_dim
+        q = 4 * torch.randn(B, self.T, self.heads, H, generator=generator)
+        k = 4 * torch.randn(B, K, self.S, H, generator=generator)
+        v = torch.randn(B, K, self.S, H, generator=generator)
+        q, k, v = (x.to(device, dtype) for x in (q, k, v))
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+
+CASES = [
+    Case("one token alone", 1, 1),
+    Case("one query", 1, 40, window=8),
+    Case("seven queries at the end", 7, 40, window=8),
+    Case("whole sequence", 40, 40),
+    Case("window of 1", 40, 40, window=1),
+    Case("window of 3", 40, 40, window=3),
+    Case("window of T", 40, 40, window=40),
+    Case("window past T", 40, 40, window=1000),
+    Case("past one block", 130, 130, rows=1, window=33),
+    Case("past one block, global", 130, 130),
+    Case("no cap", 40, 40, window=8, cap=None),
+    Case("cap past the safe one", 40, 40, window=8, cap=200.0),
+    Case("tight cap, other scale", 40, 40, cap=5.0, scale=0.3),
+    Case("one key head", 40, 40, kv_heads=1, window=8),
+    Case("as many key heads", 40, 40, kv_heads=4, window=8),
+    Case("odd heads", 40, 40, heads=6, kv_heads=2, head_dim=10, rows=3),
+    Case("left padding", 40, 40, rows=3, window=8, layout="left_padding"),
+    Case("left padding, global", 40, 40, rows=3, layout="left_padding"),
+    Case("right padding", 130, 130, rows=3, window=20, layout="right_padding"),
+    Case("documents", 130, 130, window=20, layout="documents"),
+    Case("documents, global", 40, 40, layout="documents"),
+    Case("wrapped ring", 7, 40, rows=3, window=30, layout="ring"),
+    Case("wrapped ring, one query", 1, 15, rows=3, window=15, layout="ring"),
+    Case("blind rows", 7, 7, layout="blind"),
+    Case("blind rows, no cap", 7, 7, layout="blind", cap=None, window=3),
+]
+IDS = [case.name for case in CASES]
+
+
+@cache
+def rule(case: Case) -> Tensor:
+    """The mask [B, T, S] of a case by the rule, one pair at a time."""
+    see = case.see()
+    q_pos, k_pos = see.q_pos_BT.tolist(), see.k_pos_BS.tolist()
+    q_doc, k_doc = (None if x is None else x.tolist() for x in (see.q_doc_BT, see.k_doc_BS))
+
+    def visible(b: int, t: int, s: int) -> bool:
+        q, k = q_pos[b][t], k_pos[b][s]
+        near = see.window is None or q - k < see.window
+        same = q_doc is None or k_doc is None or q_doc[b][t] == k_doc[b][s]
+        return bool(q >= 0 and 0 <= k <= q and near and same)
+
+    return torch.tensor([[[visible(b, t, s) for s in range(case.S)] for t in range(case.T)] for b in range(case.rows)])
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+    """Attention as transformers' eager path has it, every step in the dtype of q but the softmax in at least fp32."""
+    group = case.heads // case.kv_heads
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * case.scale
+    if case.cap is not None:
+        scores = torch.tanh(scores / case.cap) * case.cap
+    scores = scores.masked_fill(~rule(case).to(q.device)[:, None], -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, FP32)).nan_to_num(0.0).to(q.dtype)
+    return torch.einsum("bnts,bsnh->btnh", weights, v)
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest magnitude of the truth."""
+    assert got.isfinite().all()
+    return float((got.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_mask_is_the_rule(case: Case) -> None:
+    see = case.see()
+    want = rule(case)
+    assert torch.equal(see.mask(), want)
+    assert torch.equal(see.mask(slice(0, 1), slice(1, None)), want[:, :1, 1:])
+
+
+def check_output(attend: Attend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The output is as near to the truth as the plain computation's, and 0 where nothing is seen."""
+    q, k, v = case.inputs(dtype, device)
+    truth = plain(q.double(), k.double(), v.double(), case)
+    got = attend(q, k, v, case.see(device), scale=case.scale, cap=case.cap)
+    assert got.dtype == dtype
+    assert error(got, truth) <= error(plain(q, k, v, case), truth) + SLACK[dtype], case.name
+    assert not got[~rule(case).any(-1)].any(), case.name
+
+
+def check_gradients(attend: Attend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The gradients of q, k and v are as near to the truth's as the plain computation's."""
+    leaves = [x.detach().requires_grad_() for x in case.inputs(dtype, device)]
+    upstream = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+
+    def gradients(f: Callable[[Tensor, Tensor, Tensor], Tensor], to: torch.dtype = dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(to).requires_grad_() for x in leaves)
+        return list(torch.autograd.grad(f(q, k, v), (q, k, v), upstream.to(to)))
+
+    see = case.see(device)
+    truth = gradients(lambda q, k, v: plain(q, k, v, case), torch.float64)
+    own = gradients(lambda q, k, v: plain(q, k, v, case).nan_to_num(0.0))
+    got = gradients(lambda q, k, v: attend(q, k, v, see, scale=case.scale, cap=case.cap))
+    largest = max(float(t.abs().max()) for t in truth)  # with one key, the gradients of q and k are 0
+    for which, g, o, t in zip("qkv", got, own, truth, strict=True):
+        assert g.dtype == dtype
+        assert g.isfinite().all()
+        allowed = float((o.nan_to_num(0.0).double() - t).abs().max()) + 4 * SLACK[dtype] * largest
+        assert float((g.double() - t).abs().max()) <= allowed, (case.name, which)
+
+
+@pytest.fixture(params=["reference", "blocked", "blocks", "blocked_bf16"])
+def attend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attend:
+    """A backend; `blocks` is the blocked one with a workspace of a few rows, `blocked_bf16` the one for native bf16."""
+    if request.param == "reference":
+        return BACKENDS["reference"].load()
+    if request.param == "blocks":
+        monkeypatch.setattr(attention_blocked, "WORKSPACE", 1)
+    monkeypatch.setattr(attention_blocked, "has_fast_bf16", lambda: request.param == "blocked_bf16")
+    return BACKENDS["blocked"].load()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_output(attend: Attend, case: Case, dtype: torch.dtype) -> None:
+    check_output(attend, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_gradients(attend: Attend, case: Case, dtype: torch.dtype) -> None:
+    check_gradients(attend, case, dtype)
+
+
+def test_many_blocks_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The premise of `blocks`: 130 queries make nine blocks, and a window's block reads its span alone."""
+    monkeypatch.setattr(attention_blocked, "WORKSPACE", 1)
+    see = Case("", 130, 130, window=20).see()
+    blocks = attention_blocked.plan(see, 4)
+    assert [b.queries.start for b in blocks] == list(range(0, 130, 16))
+    assert [b.keys for b in blocks][2:4] == [slice(13, 48), slice(29, 64)]
+    assert [b.full for b in blocks][2] == slice(15, 20)  # keys 28 .. 32 are in the window of all of 32 .. 47
+
+
+def test_blocked_keeps_nothing_of_size_t_times_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of T x S elements is made, forward or backward, when the workspace is smaller than that."""
+    T, largest = 1024, 0
+    monkeypatch.setattr(attention_blocked, "WORKSPACE", 4 * 4 * T * 32)
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            results = out if isinstance(out, tuple | list) else (out,)
+            largest = max([largest, *(x.untyped_storage().nbytes() for x in results if isinstance(x, Tensor))])
+            return out
+
+    q, k, v = (x.requires_grad_() for x in Case("", T, T, rows=1).inputs(FP32))
+    see = Case("", T, T, rows=1).see()
+    with Watch():  # type: ignore[no-untyped-call]
+        torch.autograd.grad(attention_blocked.blocked(q, k, v, see, scale=0.3, cap=50.0).sum(), (q, k, v))
+    assert largest < 4 * T * T / 2, largest
+
+
+def test_softcap() -> None:
+    x = torch.tensor([-1e4, -50.0, 0.0, 25.0, 1e4])
+    want = torch.tensor([-50.0, -38.07970778, 0.0, 23.10585786, 50.0])  # 50 tanh(x / 50)
+    torch.testing.assert_close(softcap(x, 50.0), want)
+    assert softcap(x, None) is x
+
+
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+def test_the_order_is_scale_cap_mask(name: str) -> None:
+    """By hand: q . k is 400 and 0, scaled 100 and 0, capped tanh(100) = 1 and 0; the key of the future is masked."""
+    q = torch.tensor([[[[20.0]]]])
+    k = torch.tensor([[[[20.0]], [[0.0]], [[5.0]]]])
+    v = torch.tensor([[[[1.0]], [[2.0]], [[100.0]]]])
+    see = Visibility(torch.tensor([[1]]), torch.tensor([[0, 1, 2]]))
+    out = BACKENDS[name].load()(q, k, v, see, scale=0.25, cap=1.0)
+    weight = math.e / (math.e + 1)
+    assert float(out) == pytest.approx(weight * 1 + (1 - weight) * 2, abs=1e-6)
+
+
+# ----- the choice of a backend
+
+
+def test_auto_table() -> None:
+    """`auto` takes what the table says, on every device and in every phase."""
+    for (device, phase), name in AUTO.items():
+        assert resolve("auto", phase, device=device, dtype=BF16, cap=50.0, window=4096) == name
+    assert {device for device, _ in AUTO} == {"cpu", "cuda", "mps"}
+    got = Attention.resolve(device="cpu", dtype=FP32, cap=50.0, window=8)
+    assert got == Attention("blocked", "blocked", "blocked")
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "device", "dtype", "message"),
+    [
+        ("sdpa", "prefill", "cuda", BF16, "got 'sdpa', allowed are auto, reference, blocked, flex"),
+        ("flex", "train", "cpu", FP32, "got 'flex' for train, which cannot run backward"),
+        ("flex", "prefill", "mps", BF16, "got 'flex' for prefill, which cannot run on mps"),
+        ("blocked", "decode", "mps", BF16, "got 'blocked' for decode, which cannot run on mps"),
+        ("auto", "decode", "xpu", BF16, "got 'reference' for decode, which cannot run on xpu"),
+        ("reference", "train", "cpu", torch.float64, "cannot compute in torch.float64"),
+    ],
+)
+def test_what_cannot_run_is_refused(name: str, phase: str, device: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(name, phase, device=device, dtype=dtype, cap=50.0, window=8)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", [*BACKENDS, "auto"])
+def test_capless_or_windowless_backends_are_refused(name: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that cannot cap serves a model without a cap and no other; the same for the window."""
+    lame = {
+        key: dataclasses.replace(backend, caps=False, windows=False, devices=("cuda",))
+        for key, backend in BACKENDS.items()
+    }
+    monkeypatch.setattr("gemwright.ops.attention.BACKENDS", lame)
+    with pytest.raises(ValueError, match="cannot apply the soft-cap or apply the window"):
+        resolve(name, phase, device="cuda", dtype=BF16, cap=50.0, window=8)
+    with pytest.raises(ValueError, match="cannot apply the window"):
+        resolve(name, phase, device="cuda", dtype=BF16, cap=None, window=8)
+    assert resolve(name, phase, device="cuda", dtype=BF16, cap=None, window=None) in BACKENDS
+
+
+def test_choice_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="gemwright"):
+        Attention.resolve("reference", device="cpu", dtype=FP32, cap=50.0, window=8)
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention on cpu: train reference, prefill reference, decode reference"
+    ]
+
+
+def test_explicit_name_holds_for_every_phase() -> None:
+    assert isinstance(BACKENDS["blocked"], Backend)
+    got = Attention.resolve("blocked", device="cuda", dtype=BF16, cap=50.0, window=8)
+    assert got == Attention("blocked", "blocked", "blocked")
+    with pytest.raises(ValueError, match="run backward"):
+        Attention.resolve("flex", device="cpu", dtype=FP32, cap=50.0, window=8)
+
+
+# ----- FlexAttention
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling FlexAttention for CPU needs g++")
+
+
+@needs_compiler
+def test_flex_on_cpu() -> None:
+    """The fused kernel, compiled once: one shape of padded blocks holds windows, layouts, caps and scales of all kinds.
+
+    A regression: 40 keys made torch's CPU kernel write past its scores (relative error 0.18, or NaN), since 40 is whole
+    vectors but not whole tiles.
+    """
+    same = [case for case in CASES if (case.rows, case.heads, case.kv_heads, case.head_dim) == (2, 4, 2, 16)]
+    same = [case for case in same if case.S <= 128 and case.cap is not None and case.layout != "documents"]
+    assert {(case.T, case.S) for case in same} >= {(1, 1), (1, 40), (7, 40), (40, 40), (7, 7)}
+    before = compilations()
+    with torch.no_grad():
+        for case in same:
+            check_output(attention_flex.flex, case, FP32)
+    assert compilations() <= before + 1
+
+
+def compilations() -> int:
+    """Graphs that torch.compile made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_flex_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score and mask functions as CUDA gets them, over every case, with torch's uncompiled definition as the kernel."""
+    monkeypatch.setattr(attention_flex, "_compiled", lambda device: flex_attention)
+    monkeypatch.setattr(attention_flex, "_pad", lambda x, value=0: x)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    for case in CASES:
+        check_output(attention_flex.flex, case, FP32)
+
+
+def test_flex_compiles_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, lengths are symbolic once they change: new windows, caps, scales and lengths need no new kernel.
+
+    A regression: at torch's own limit of kernels (8, here 1) it warned once and went on with the whole score matrix in
+    memory.
+    """
+    torch._dynamo.reset()
+    kernel = torch.compile(flex_attention, dynamic=None, backend="eager")
+    monkeypatch.setattr(attention_flex, "_compiled", lambda device: kernel)
+    monkeypatch.setattr(attention_flex, "_pad", lambda x, value=0: x)
+    before = compilations()
+    with torch.no_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=1):
+        warnings.simplefilter("error")
+        for T, S in [(64, 64), (40, 40), (57, 57), (64, 192), (13, 205)]:
+            for window, cap, scale in ((8, 50.0, 0.25), (None, 50.0, 0.25), (9, 30.0, 0.3)):
+                check_output(attention_flex.flex, Case("", T, S, window=window, cap=cap, scale=scale), FP32)
+    assert 1 < compilations() - before <= 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 128, 256])
+def test_flex_on_cuda(head_dim: int, dtype: torch.dtype) -> None:
+    """Forward and backward against truth, over every layout, at the head sizes of the debug, 27B and smaller models."""
+    for case in CASES:
+        if case.head_dim == 16:
+            wide = dataclasses.replace(case, head_dim=head_dim, scale=case.scale * (16 / head_dim) ** 0.5)
+            with torch.no_grad():
+                check_output(attention_flex.flex, wide, dtype, "cuda")
+            check_gradients(attention_flex.flex, wide, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+def test_plain_backends_on_cuda(name: str, dtype: torch.dtype) -> None:
+    for case in CASES:
+        check_output(BACKENDS[name].load(), case, dtype, "cuda")
+        check_gradients(BACKENDS[name].load(), case, dtype, "cuda")

@@ -1,0 +1,512 @@
+"""The command line: output, exit codes and errors of every verb, and the chat by its commands and its keys."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import folder_fixtures
+import pytest
+import tokenizer_fixtures
+import torch
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+import gemwright
+from gemwright import cli
+from gemwright.adopt import Llama, adopt, adopted_config, calibrate
+from gemwright.checkpoint import Checkpoint, write
+from gemwright.cli import chat as chat_verb
+from gemwright.cli import info
+from gemwright.cli.chat import Chat, Screen
+from gemwright.cli.options import Loading, Sampling
+from gemwright.config import ModelConfig
+from gemwright.lm import LM
+from gemwright.sampling import SamplingParams
+from gemwright.tokenizer import Tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+USER = {"role": "user", "content": "Hello there"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny"
+    folder_fixtures.gemma2(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LM:
+    return gemwright.load(folder)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: str | Path, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+# --- the command itself ---
+
+
+def test_help_comes_without_torch_and_at_once() -> None:
+    code = (
+        "import sys; from gemwright.cli import main; main(['--help']); assert not {'torch', 'tyro'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1.5  # 0.06 s on an idle machine
+    assert all(f"  {verb} " in done.stdout for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself(run: Run, verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert "For example:" in out
+    assert f"  gemwright {verb}" in out
+    assert "--json" in out
+
+
+def test_help_of_a_verb_does_not_import_torch() -> None:
+    code = "import sys\nfrom gemwright.cli import main\nfor v in {}: main([v, '--help'])\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code.format(list(cli.VERBS))], capture_output=True, check=True)
+
+
+def test_wrong_usage_is_2(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, err = run("chta")
+    assert (code, "did you mean chat?" in err) == (2, True)
+    code, _, err = run("generate", "--temprature", "1")
+    assert (code, "--temperature" in err) == (2, True)
+    for arguments, message in [
+        (("generate", tmp_path / "none", "--prompt", "x"), "no such folder"),
+        (("generate", folder, "--prompt", "x", "--temperature", "-1"), "temperature: got -1"),
+        (("generate", folder, "--prompt", "x", "--messages", "y"), "allowed is one"),
+        (("generate", folder, "--prompt", "x", "--system", "y"), "allowed with --messages"),
+        (("generate", folder, "--prompt", "x", "--logprobs", "1"), "allowed with --json"),
+        (("generate", folder, "--prompt", "x", "--max-new-tokens", "999"), "the context holds 256"),
+        (("generate", folder, "--prompt", "x", "--dtype", "int8"), "dtype: got 'int8'"),
+        (("info", tmp_path), "config.json: missing"),
+        (("doctor", tmp_path / "none"), "no such folder"),
+    ]:
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in err, (arguments, err)
+        assert err.startswith(f"gemwright {arguments[0]}: ")
+        assert err.count("\n") == 1
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"gemwright {gemwright.__version__}\n", "")
+
+
+def test_sampling_flags_are_the_sampling_controls() -> None:
+    """A control that is new in SamplingParams must appear here, or be named as having a flag of its own or none."""
+    elsewhere = {"stop_ids", "logprobs", "prompt_logprobs"}
+    assert set(Sampling.__dataclass_fields__) == set(SamplingParams.__dataclass_fields__) - elsewhere
+    assert Sampling(temperature=0.0, stop=("a",), seed=0).given() == {"temperature": 0.0, "stop": ("a",), "seed": 0}
+
+
+# --- generate ---
+
+
+def test_generate_streams_what_the_library_generates(run: Run, folder: Path, lm: LM) -> None:
+    options = ("--max-new-tokens", "12", "--seed", "3", "--temperature", "0.9")
+    expected = lm.generate("Hello", max_new_tokens=12, seed=3, temperature=0.9)
+    code, out, err = run("generate", folder, "--prompt", "Hello", *options)
+    assert (code, out) == (0, expected.text + "\n")
+    assert ("ended after 12 tokens" in err) == (expected.finish_reason == "length")
+    assert run("generate", folder, *options, stdin="Hello\n")[1] == out
+
+
+def test_generate_json_has_tokens_counts_and_logprobs(run: Run, folder: Path, lm: LM) -> None:
+    expected = lm.generate("Hello", max_new_tokens=4, temperature=0, logprobs=2, prompt_logprobs=0)
+    arguments = ("--max-new-tokens", "4", "--temperature", "0", "--logprobs", "2", "--prompt-logprobs", "0", "--json")
+    code, out, _ = run("generate", folder, "--prompt", "Hello", *arguments)
+    found = json.loads(out)
+    assert code == 0
+    assert found["text"] == expected.text
+    assert found["tokens"] == expected.tokens
+    assert found["prompt_tokens"] == expected.prompt_tokens
+    assert found["finish_reason"] == expected.finish_reason
+    assert expected.logprobs is not None
+    assert [entry["logprob"] for entry in found["logprobs"]] == [entry.logprob for entry in expected.logprobs]
+    assert len(found["logprobs"][0]["top"]) == 2
+    assert len(found["prompt_logprobs"]) == expected.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_generate_reads_messages(run: Run, folder: Path, lm: LM, tmp_path: Path, wrap: bool) -> None:
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps({"messages": [USER]} if wrap else [USER]))
+    expected = lm.generate([USER], system="Be brief.", max_new_tokens=5, temperature=0)
+    arguments = ("--system", "Be brief.", "--max-new-tokens", "5", "--temperature", "0", "--json")
+    assert json.loads(run("generate", folder, "--messages", file, *arguments)[1])["tokens"] == expected.tokens
+    found = run("generate", folder, "--messages", "-", *arguments, stdin=file.read_text())[1]
+    assert json.loads(found)["tokens"] == expected.tokens
+
+
+def test_generate_names_what_is_wrong_with_a_messages_file(run: Run, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "messages.json"
+    for text, message in [("{", "not JSON"), ("[1]", "allowed is a list"), ('[{"role": "model"}]', "messages[0]")]:
+        file.write_text(text)
+        code, _, err = run("generate", folder, "--messages", file)
+        assert code == 2
+        assert message in err
+
+
+# --- info ---
+
+PUBLISHED = [
+    ("gemma-2-2b", 2_614_341_888, 104, 832, 624),
+    ("gemma-2-9b", 9_241_705_984, 336, 2688, 2016),
+    ("gemma-2-27b", 27_227_128_320, 368, 2944, 2208),
+]
+
+
+@pytest.mark.parametrize(("size", "parameters", "kib", "full", "kept"), PUBLISHED)
+def test_info_gives_the_published_numbers(run: Run, size: str, parameters: int, kib: int, full: int, kept: int) -> None:
+    """Parameters: the technical report's tables; key-value bytes: layers x 2 x kv heads x head size x 2 bytes."""
+    facts = json.loads(run("info", size, "--json")[1])
+    assert facts["parameters"] == parameters
+    assert facts["weight_bytes"] == {"bfloat16": 2 * parameters, "float32": 4 * parameters}
+    assert facts["kv_bytes_per_token"] == kib * 2**10
+    assert facts["kv_bytes_8192_full"] == full * 2**20
+    assert facts["kv_bytes_8192"] == kept * 2**20
+    _, page, _ = run("info", size)
+    assert f"{parameters:,}" in page
+    assert f"{kib} KiB a token" in page
+    assert f"{full} MiB if every layer kept everything, {kept} MiB as kept here" in page
+
+
+def test_info_of_a_folder_with_and_without_weights(run: Run, folder: Path, tmp_path: Path) -> None:
+    facts = json.loads(run("info", folder, "--json")[1])
+    stored = sum(tensor.nbytes for _, tensor in folder_fixtures.weights(ModelConfig.from_hf(Checkpoint(folder).config)))
+    assert facts["stored_bytes"] == stored
+    assert facts["shapes"]["model.layers.0-2.self_attn.q_proj.weight"] == [64, 48]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    bare = json.loads(run("info", tmp_path, "--json")[1])
+    assert bare["stored_bytes"] is None
+    assert bare["parameters"] == facts["parameters"]
+    assert "no weights" in run("info", tmp_path)[1]
+
+
+def test_info_finds_the_longest_context_that_fits() -> None:
+    config = ModelConfig.preset("gemma-2-2b")
+    weights = config.num_parameters() * 2
+    free = int((weights + config.kv_bytes(5000)) / info.USABLE) + 8
+    fits = info._fit(config, "cpu", "test", free, free)["context_that_fits"]
+    assert fits == {"bfloat16": 5000, "float32": 0}
+    assert info._fit(config, "cpu", "test", 10 * free, 10 * free)["context_that_fits"]["bfloat16"] == 8192
+
+
+# --- doctor ---
+
+
+def test_doctor_exits_by_its_findings(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, out, _ = run("doctor", folder)
+    assert code == 0
+    assert "21 ok" in out
+    config = json.loads((folder / "config.json").read_text())
+    sick = tmp_path / "sick"
+    folder_fixtures.gemma2(sick)
+    (sick / "config.json").write_text(json.dumps({**config, "bos_token_id": 3}))
+    code, out, _ = run("doctor", sick)
+    assert code == 1
+    assert "BOS              FAIL" in out
+    assert "trap 7: the text starts with no <bos>, or with two" in out
+    assert "To do: set bos_token_id to 2 in config.json" in " ".join(out.split())
+    code, out, _ = run("doctor", sick, "--json")
+    report = json.loads(out)
+    assert (code, report["ok"]) == (1, False)
+    assert [check["name"] for check in report["checks"] if check["status"] == "FAIL"] == ["BOS"]
+
+
+# --- download ---
+
+
+def test_download_prints_the_folder(run: Run, folder: Path) -> None:
+    assert run("download", folder) == (0, f"{folder}\n", "")
+    found = json.loads(run("download", folder, "--json")[1])
+    assert found["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+    code, _, err = run("download", "nobody/nothing", "--offline")
+    assert (code, "nobody/nothing" in err) == (2, True)
+
+
+# --- adopt ---
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    config = {
+        "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
+        "max_position_embeddings": 128, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    tokens = tokenizer_fixtures.byte_level(tmp_path / "tokens")
+    config["vocab_size"] = Tokenizer.load(tokens).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shapes = adopted_config(config).parameter_shapes()
+    kept = {
+        n: s
+        for n, s in shapes.items()
+        if not n.endswith(("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"))
+    }
+    tensors = (
+        (name, torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)) for name, shape in kept.items()
+    )
+    return write(tmp_path / "llama", tensors, config=config, copy_from=tokens)
+
+
+def test_adopt_writes_what_the_functions_make(run: Run, llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tokenizer_fixtures.CORPUS))
+    code, out, _ = run("adopt", llama, tmp_path / "out", "--calibration", text, "--json")
+    assert code == 0
+    config = ModelConfig.from_hf(Checkpoint(tmp_path / "out").config)
+    assert json.loads(out) == {"folder": str(tmp_path / "out"), "parameters": config.num_parameters()}
+    source, found = Checkpoint(llama), Checkpoint(tmp_path / "out")
+    found.check(config.parameter_shapes())
+    name = "model.layers.1.mlp.gate_proj.weight"
+    torch.testing.assert_close(found.tensor(name), (source.tensor(name) / 1.702).bfloat16())
+    name = "model.layers.1.input_layernorm.weight"
+    torch.testing.assert_close(found.tensor(name), (source.tensor(name) - 1).bfloat16())
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    ids = tokenizer.encode(text.read_text(), bos=False)
+    rows = [[0, *ids[at : at + 255]] for at in range(0, len(ids) - 254, 255)]
+    gain = calibrate(Llama(source, config), torch.tensor(rows))["model.layers.1.post_feedforward_layernorm.weight"]
+    torch.testing.assert_close(found.tensor("model.layers.1.post_feedforward_layernorm.weight"), gain.bfloat16())
+
+
+def test_an_adopted_model_speaks_gemma_turns(run: Run, llama: Path, tmp_path: Path) -> None:
+    """ChatML's <|endoftext|>, 0, becomes <bos>; the source's own bos_token_id, 1, is <start_of_turn> here."""
+    config = adopt(llama, tmp_path / "out", progress=False)
+    assert (config.bos_token_id, config.eos_token_id) == (0, 2)
+    assert gemwright.load(tmp_path / "out").encode([USER])[:2] == [0, 1]
+    assert run("doctor", tmp_path / "out")[0] == 0
+    code, _, err = run("adopt", llama, tmp_path / "out")
+    assert (code, "overwrite" in err) == (2, True)
+    assert run("adopt", llama, tmp_path / "out", "--overwrite")[0] == 0
+
+
+def test_adopt_refuses_what_gemma_2_cannot_hold(run: Run, folder: Path, llama: Path, tmp_path: Path) -> None:
+    code, _, err = run("adopt", folder, tmp_path / "out")
+    assert (code, "model_type: got 'gemma2', allowed is 'llama'" in err) == (2, True)
+    config = json.loads((llama / "config.json").read_text())
+    del config["tie_word_embeddings"]  # false, then, in transformers
+    (llama / "config.json").write_text(json.dumps(config))
+    code, _, err = run("adopt", llama, tmp_path / "out")
+    assert (code, "tie_word_embeddings: got False" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+# --- chat ---
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def talk(lm: LM, *, terminal: bool = False, system: str | None = None, **sampling: Any) -> Chat:
+    return Chat(lm, Screen(terminal=terminal), system=system, sampling={"max_new_tokens": 6, "seed": 1, **sampling})
+
+
+def test_chat_by_pipe_answers_each_line(run: Run, folder: Path, lm: LM) -> None:
+    """Answers go to stdout and equal the library's, each with the turns before it; everything else goes to stderr."""
+    flags = ("--max-new-tokens", "6", "--temperature", "0", "--system", "Be brief.", "--json")
+    code, out, err = run("chat", folder, *flags, stdin="Hello there\n\nAnd you?\n/exit\nnever read\n")
+    answers = [json.loads(line) for line in out.splitlines()]
+    messages = [USER]
+    for answer, question in zip(answers, ["And you?", ""], strict=True):
+        expected = lm.generate(messages, system="Be brief.", max_new_tokens=6, temperature=0)
+        assert answer["text"] == expected.text
+        assert (answer["prompt_tokens"], answer["new_tokens"]) == (expected.prompt_tokens, len(expected.tokens))
+        messages += [{"role": "assistant", "content": expected.text}, {"role": "user", "content": question}]
+    assert code == 0
+    assert err.startswith(f"{folder}: 0.1M parameters, float32 on cpu, context 256 tokens.")
+    assert "tokens/s" in err
+
+
+def test_chat_needs_a_chat_model(run: Run, tmp_path: Path) -> None:
+    folder_fixtures.gemma2(tmp_path / "base")
+    raw = json.loads((tmp_path / "base" / "tokenizer.json").read_text().replace("_of_turn>", "_of_text>"))
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(raw))
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps(tokenizer_fixtures.CONFIG))
+    code, _, err = run("chat", tmp_path / "base", stdin="Hello\n")
+    assert (code, "this is a base model" in err) == (2, True)
+
+
+def test_chat_saves_and_loads(lm: LM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = talk(lm, system="Be brief.")
+    chat.take("Hello there")
+    for name in ("talk.json", "talk.md"):
+        assert chat.take(f"/save {tmp_path / name}")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved == {"model": str(lm.folder), "system": "Be brief.", "messages": chat.messages}
+    assert (
+        (tmp_path / "talk.md").read_text().startswith("**system**\n\nBe brief.\n\n**user**\n\nHello there\n\n**assist")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", "talk.md"]
+    other = talk(lm)
+    other.take(f"/load {tmp_path / 'talk.json'}")
+    assert (other.messages, other.system) == (chat.messages, "Be brief.")
+    (tmp_path / "bad.json").write_text('[{"role": "model", "content": "x"}]')
+    other.take(f"/load {tmp_path / 'bad.json'}")
+    other.take("/load")
+    other.take(f"/load {tmp_path / 'none.json'}")
+    assert other.messages == chat.messages
+    errors = capsys.readouterr().err
+    assert "messages[0]: role is 'model'" in errors
+    assert "/load: name a file" in errors
+    assert "No such file" in errors
+
+
+def test_chat_commands_change_the_conversation(lm: LM, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = talk(lm)
+    chat.take("/retry")
+    chat.take("Hello there")
+    first = chat.messages
+    chat.take("/retry")
+    assert chat.messages[:1] == first[:1] == [USER]
+    assert chat.messages[1] != first[1]  # another seed
+    assert chat.messages[1]["content"] == lm.generate([USER], max_new_tokens=6, seed=2).text
+    chat.take("/system Be brief.")
+    chat.take("/system")
+    chat.take("/reset")
+    assert (chat.messages, chat.system) == ([], "Be brief.")
+    chat.take("/system none")
+    chat.take("/unknown")
+    chat.take("/help")
+    assert chat.system is None
+    assert not chat.take("/exit")
+    errors = capsys.readouterr().err
+    for text in ("no message to answer", "system text: Be brief.", "no command /unknown", "/save FILE"):
+        assert text in errors
+
+
+def test_a_message_that_begins_with_a_path_is_a_message(lm: LM) -> None:
+    chat = talk(lm)
+    chat.take("/usr/bin is a folder")
+    assert chat.messages[0]["content"] == "/usr/bin is a folder"
+
+
+def test_chat_says_when_the_context_is_nearly_full_and_full(lm: LM, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = talk(lm)
+    chat.take("a b c d e " * 21)
+    assert "of 256 tokens of context are used: /reset" in capsys.readouterr().err
+    before = chat.messages
+    chat.take("a b c d e " * 30)
+    errors = capsys.readouterr().err
+    assert "the context holds 256" in errors
+    assert "The message was taken back" in errors
+    assert chat.messages == before
+
+
+class Interrupted:
+    """A stream in which Ctrl-C falls after some pieces."""
+
+    def __init__(self, stream: Any, pieces: int) -> None:
+        self.stream, self.pieces = stream, pieces
+
+    def __iter__(self) -> Iterator[str]:
+        for _, piece in zip(range(self.pieces), self.stream, strict=False):
+            yield piece
+        raise KeyboardInterrupt
+
+    @property
+    def completion(self) -> Any:
+        return self.stream.completion
+
+
+@pytest.mark.parametrize("pieces", [0, 3])
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pieces: int
+) -> None:
+    stream = LM.stream
+    monkeypatch.setattr(LM, "stream", lambda *a, **k: Interrupted(stream(*a, **k), pieces))
+    chat = talk(lm, terminal=True, max_new_tokens=40)
+    assert chat.take("Hello there")
+    out = capsys.readouterr().out
+    if pieces:
+        assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+        assert "; stopped)" in out
+    else:
+        assert chat.messages == []
+        assert "the message was taken back" in out
+    with pytest.raises(KeyboardInterrupt):  # in a pipe nobody is there to go on
+        talk(lm).take("Hello there")
+
+
+def test_a_terminal_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(terminal=True).piece("a\x1b[2Jb\x9bc\r\n\td")
+    assert capsys.readouterr().out == "a[2Jbc\n\td"
+    Screen(terminal=False).piece("a\x1bb")
+    assert capsys.readouterr().out == "a\x1bb"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("hello\r", "hello"),
+        ("one\\\rtwo\r", "one\ntwo"),
+        ("one\x1b\rtwo\r", "one\ntwo"),
+        ("\x1b[200~one\ntwo\n\x1b[201~three\r", "one\ntwo\nthree"),
+        ("a\\b\r", "a\\b"),
+    ],
+)
+def test_keys_of_the_line_editor(state: Path, keys: str, message: str) -> None:
+    with create_pipe_input() as pipe:
+        pipe.send_text(keys)
+        assert chat_verb.prompt_session(input=pipe, output=DummyOutput()).prompt() == message
+    assert (state / "gemwright" / "chat_history").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_chat_on_a_terminal(folder: Path, state: Path) -> None:
+    """The whole program at a real terminal: greeting, an answer with counts, Ctrl-C at the prompt, Ctrl-D leaves."""
+    keyboard, terminal = os.openpty()
+    command = [sys.executable, "-m", "gemwright", "chat", str(folder), "--max-new-tokens", "5"]
+    environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1"}
+    chat = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(keyboard, 4096)
+        seen = seen.partition(text)[2]
+
+    until(b"Ctrl-D leaves.")
+    until(b"> ")
+    os.write(keyboard, b"Hello there\r")
+    until(b"tokens/s")
+    until(b"> ")
+    os.write(keyboard, b"half a line\x03")
+    until(b"> ")
+    os.write(keyboard, b"\x04")
+    assert chat.wait(timeout=30) == 0
+    os.close(keyboard)
+
+
+def test_loading_options_are_those_of_load(folder: Path) -> None:
+    lm = Loading(dtype="bfloat16", device="cpu", attention="reference").load(str(folder))
+    assert lm.dtype == torch.bfloat16
+    assert lm.model.attention.prefill == "reference"
