@@ -149,6 +149,11 @@ class ModelConfig:
         values["layer_types"] = list(self.layer_types)
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
+        # transformers 5 refuses 50 for 50.0 and 256.0 for 256
+        for key in ("attn_logit_softcapping", "final_logit_softcapping", "rms_norm_eps", "initializer_range"):
+            values[key] = None if values[key] is None else float(values[key])
+        if self.query_pre_attn_scalar == int(self.query_pre_attn_scalar):
+            values["query_pre_attn_scalar"] = int(self.query_pre_attn_scalar)
         # both spellings: transformers 4 reads rope_theta, 5 reads rope_parameters
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         return {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", **values, **REQUIRED}

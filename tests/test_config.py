@@ -164,6 +164,14 @@ def test_transformers_reads_what_is_written_and_writes_what_is_read(preset: str)
     assert ModelConfig.from_hf(theirs.to_diff_dict()) == config
 
 
+def test_written_numbers_have_the_types_that_transformers_demands() -> None:
+    """A regression: 50 for 50.0 or 256.0 for 256, harmless here, made transformers 5 refuse the written config."""
+    config = ModelConfig(attn_logit_softcapping=50, final_logit_softcapping=30, query_pre_attn_scalar=256.0)
+    theirs = transformers.Gemma2Config(**config.to_hf())
+    assert (theirs.attn_logit_softcapping, theirs.query_pre_attn_scalar) == (50.0, 256)
+    assert ModelConfig.from_hf(theirs.to_dict()) == ModelConfig.from_hf(config.to_hf()) == config
+
+
 def test_rope_theta_may_stand_in_both_spellings_if_they_agree() -> None:
     raw = {**COMMON, **SHAPE_2B, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     assert ModelConfig.from_hf(raw).rope_theta == 10000.0

@@ -5,7 +5,6 @@ Legend: B rows, T tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -28,6 +27,7 @@ from oracle import (
 from torch import nn
 from torch.nn import functional as F
 
+from gemwright.cache import KVCache
 from gemwright.config import GLOBAL, LOCAL, ModelConfig
 from gemwright.model import Gemma2
 from gemwright.ops.attention import PADDING, Attention
@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "all_global": {"layer_types": [GLOBAL] * 3},
     "reversed": {"layer_types": [GLOBAL, LOCAL, GLOBAL]},
     "last_local": {"layer_types": [GLOBAL, GLOBAL, LOCAL]},
-    "scalar_not_square": {"query_pre_attn_scalar": 7.5},
+    "scalar_not_square": {"query_pre_attn_scalar": 7},
     "scalar_small": {"query_pre_attn_scalar": 1},
     "rope_small": {"rope_theta": 100.0},
     "rope_large": {"rope_theta": 1e6},
@@ -99,21 +99,18 @@ def test_gradients_equal_the_oracles() -> None:
     text = tokens(config, 2, T)
     target = text.roll(-1, dims=1)
     theirs = F.cross_entropy(b(text, use_cache=False).logits.flatten(0, 1), target.flatten())
-    theirs.backward()
+    want = dict(zip(dict(b.named_parameters()), torch.autograd.grad(theirs, list(b.parameters())), strict=True))
     padded, pos = F.pad(text, (3, 0)), F.pad(positions(2, T), (3, 0), value=PADDING)
     mine = F.cross_entropy(a.logits(a(padded, pos)[:, 3:]).flatten(0, 1), target.flatten())
-    mine.backward()  # type: ignore[no-untyped-call]
-    assert abs(float(mine) - float(theirs)) < 1e-5 * float(theirs)
-    want = dict(b.named_parameters())
-    names = {name for name, _ in a.named_parameters()}
-    assert names == set(want)
-    for name, parameter in a.named_parameters():
-        assert parameter.grad is not None, name
-        assert relative(parameter.grad, want[name].grad) < 10 * TOLERANCE, name
+    got = dict(zip(dict(a.named_parameters()), torch.autograd.grad(mine, list(a.parameters())), strict=True))
+    assert relative(mine, theirs) < 1e-5
+    assert got.keys() == want.keys()
+    for name in want:
+        assert relative(got[name], want[name]) < 10 * TOLERANCE, name
 
 
 def test_bf16_is_near_the_oracle_in_bf16() -> None:
-    """Same weights in bf16, narrow ones so that rounding does not drown the model: near in KL, as near as bf16 is to fp32."""
+    """Narrow weights, so that rounding does not drown the model: as near to fp32, in KL, as the oracle in bf16."""
     config = debug()
     state = {name: w * (0.2 if "proj" in name or "embed" in name else 1) for name, w in weights(config).items()}
     text = tokens(config, 2, T)
@@ -172,8 +169,6 @@ def test_logits_of_some_rows_alone() -> None:
 
 def test_documents_are_not_cached() -> None:
     model = ours(debug(), weights(debug()))
-    from gemwright.cache import KVCache
-
     cache = KVCache(debug(), 1, 8, dtype=torch.float32)
     with pytest.raises(AssertionError, match="packed documents"):
         model(tokens(debug(), 1, 4), positions(1, 4), torch.zeros(1, 4), cache)
@@ -185,8 +180,8 @@ def test_padding_rows_are_zero_and_finite() -> None:
     pos = torch.stack([torch.arange(5), torch.full((5,), PADDING)])
     hidden = model(tokens(debug(), 2, 5), pos)
     assert hidden.isfinite().all()
-    (hidden[0].sum() * 1.0).backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    gradients = torch.autograd.grad(hidden[0].sum(), list(model.parameters()))
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_each_phase_has_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,10 +233,9 @@ def test_norm_multiplies_before_it_casts() -> None:
 @pytest.mark.parametrize("name", ["flex", "blocked", "reference"])
 @pytest.mark.parametrize("entry", ["forward", "prefill", "mixed", "packed"])
 def test_parity_on_cuda(entry: str, name: str) -> None:
-    """The whole model in fp32 on a GPU; lengths go through the entries as on CPU, so inputs are moved by the model's hooks."""
-    config = dataclasses.replace(debug(), head_dim=16)
-    a, b = pair(config, name)
-    text = tokens(config, 2, T)
+    """The whole model in fp32 on a GPU against the oracle on CPU."""
+    a, b = pair(debug(), name)
+    text = tokens(debug(), 2, T)
     want = oracle_logits(b, text)
     torch.set_default_device("cuda")
     try:

@@ -12,14 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folder_fixtures
 import pytest
-import tokenizer_fixtures
-import torch
 
-from gemwright.checkpoint import write
 from gemwright.cli import VERBS
-from gemwright.config import PRESETS, ModelConfig
-from gemwright.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,17 +31,8 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which README's model names are checkpoints of debug size."""
     here = tmp_path_factory.mktemp("readme")
-    tokenizer = tokenizer_fixtures.gemma(here / "tokenizer")
-    config = ModelConfig(**{**PRESETS["debug"], "vocab_size": Tokenizer.load(tokenizer).vocab_size})
-    generator = torch.Generator().manual_seed(0)
     for name in set(re.findall(r"google/gemma-[\w-]+", README)):
-        write(
-            here / name,
-            [(key, torch.randn(s, generator=generator) * 0.05) for key, s in config.parameter_shapes().items()],
-            config=config.to_hf(),
-            generation_config={"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0},
-            copy_from=tokenizer,
-        )
+        folder_fixtures.gemma2(here / name)
     return here
 
 

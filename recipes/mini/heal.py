@@ -5,15 +5,15 @@
     python recipes/mini/heal.py evaluate --data DIR --delta DIR/run/delta.safetensors
 
 The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the teacher is the
-source itself. On prose both read the same tokens after `<bos>`. On chats the student reads Gemma's turns and the teacher
-its own ChatML with its default system text; the loss is taken where both predict the same token.
+source itself. On prose both read the same tokens after `<bos>`. On chats the student reads Gemma's turns and the
+teacher its own ChatML with its default system text; the loss is taken where both predict the same token.
 
     loss = mean over tokens of KL(teacher || student) + c(t) * mean over norms of |h_s - h_t|^2 / |h_t|^2
 
 h is the normed input of a sub-layer: student and teacher start from the same linears, so every sub-layer should read
 the same input; this settles the new post-norms long before the logits alone would. c falls to zero at two thirds.
-Trained are the norms, whole, each at a rate in proportion to its gain (post-norm gains reach 500), and a low-rank update
-of every linear. The rate follows the wall clock (warm-up, constant, linear decay), so a run fits the time it is given.
+Trained are the norms, whole, each at a rate in proportion to its gain (post-norm gains reach 500), and a low-rank
+update of every linear. The rate follows the wall clock (warm-up, constant, linear decay), so a run fits its time.
 
 Legend: B rows, T tokens, D model, X aligned tokens.
 """
