@@ -72,6 +72,8 @@ def adopted_config(llama: Mapping[str, Any]) -> ModelConfig:
             raise AdoptError(f"{field}: got {llama.get(field)!r}, allowed is {' or '.join(map(repr, values))}")
     head_dim = llama.get("head_dim") or llama["hidden_size"] // llama["num_attention_heads"]
     rope = llama.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":  # transformers 5's spelling of rope_scaling
+        raise AdoptError(f"rope_parameters: got {rope!r}, allowed is rope_type 'default'")
     eos = llama.get("eos_token_id")
     return ModelConfig(
         vocab_size=llama["vocab_size"],

@@ -310,7 +310,7 @@ def _embedding_scale(s: Subject) -> Finding:
     due, got = s.config.hidden_size**0.5, probes.embedding_factor(s.sample)
     if not abs(got / due - 1) <= EXACT:
         return _fail(f"the embedding is multiplied by {got:.4g}, due is sqrt(hidden) = {due:.4g}", "report this")
-    return _ok(f"sqrt({s.config.hidden_size}) = {got:.4g}, and the head does not have it")
+    return _ok(f"sqrt({s.config.hidden_size}) = {got:.4g}")
 
 
 def _constants(s: Subject) -> Finding:

@@ -46,6 +46,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_tokens: int) -> None:
         self.text = TextStream(tokenizer, stop=params.stop)
+        self.vocab = tokenizer.vocab_size
         self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
@@ -60,7 +61,8 @@ class _Row:
         self.tokens.append(token.id)
         if self.logprobs is not None and token.logprob is not None:
             self.logprobs.append(token.logprob)
-        piece = self.text.push([token.id])
+        # a table padded past the tokenizer's vocabulary can yield an id that has no text
+        piece = self.text.push([token.id] if token.id < self.vocab else [])
         if self.text.stopped:
             self.finish = "stop"
         return piece
@@ -166,7 +168,7 @@ class LM:
         return Stream(generation, _Row(self.tokenizer, params, len(ids)))
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's summed log-probability in nats, and is it the greedy one.
+        """For each (context, continuation): the continuation's summed log-probability in nats; is it the greedy one.
 
         The two are encoded together and split at the context's length; spaces at the context's end belong to the
         continuation (as lm-evaluation-harness does). An empty context is the BOS.

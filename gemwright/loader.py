@@ -42,7 +42,7 @@ def choose_device(device: str | int | torch.device = "auto") -> torch.device:
 def choose_dtype(
     dtype: str | torch.dtype, checkpoint: Checkpoint, config: ModelConfig, device: torch.device
 ) -> torch.dtype:
-    """`auto`: the dtype that the weights are stored in, but fp32 for fp16 weights on a CPU (which cannot compute in it).
+    """`auto`: the dtype that the weights are stored in, but fp32 for fp16 weights on a CPU, which lacks fp16 units.
 
     fp16 is refused where the activations overflow it.
     """
@@ -59,8 +59,8 @@ def choose_dtype(
         chosen = names[name]
     if chosen == torch.float16 and config.hidden_size >= FP16_HIDDEN_LIMIT:
         raise ValueError(
-            f"dtype: got float16 for hidden size {config.hidden_size}; activations of this model pass 65504, the largest "
-            "fp16 number, and become infinite; allowed are bfloat16 and float32"
+            f"dtype: got float16 for hidden size {config.hidden_size}; activations of this model pass 65504, the "
+            "largest fp16 number, and become infinite; allowed are bfloat16 and float32"
         )
     return chosen
 

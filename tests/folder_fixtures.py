@@ -15,7 +15,7 @@ from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
 from gemwright.tokenizer import Tokenizer
 
-GENERATION = {"eos_token_id": [1, 107]}
+GENERATION: dict[str, Any] = {"eos_token_id": [1, 107]}
 
 
 def weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
@@ -26,13 +26,16 @@ def weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Iterator
         yield name, (torch.randn(shape, generator=generator) * spread).to(dtype)
 
 
-def gemma2(folder: Path, **changes: Any) -> ModelConfig:
-    """Write the folder, with changes to the debug configuration; returns that."""
+def gemma2(
+    folder: Path, *, dtype: torch.dtype = torch.float32, generation: dict[str, Any] = GENERATION, **changes: Any
+) -> ModelConfig:
+    """Write the folder in a storage dtype, with changes to the debug configuration; returns that."""
     tokens = tokenizer_fixtures.gemma(
         folder.with_name(f"{folder.name}-tokens"),
         config={**tokenizer_fixtures.CONFIG, "chat_template": tokenizer_fixtures.PUBLISHED},
     )
     size = Tokenizer.load(tokens).vocab_size
-    config = dataclasses.replace(ModelConfig.preset("debug"), **{"vocab_size": size, **changes})
-    write(folder, weights(config), config=config.to_hf(), generation_config=GENERATION, copy_from=tokens)
+    config = dataclasses.replace(ModelConfig.preset("debug"), **{"vocab_size": size, "layer_types": (), **changes})
+    config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
+    write(folder, weights(config, dtype), config=config.to_hf(), generation_config=generation, copy_from=tokens)
     return config

@@ -251,9 +251,9 @@ class Gelu(nn.Module):
 
 
 def test_gelu_stands_in_for_silu() -> None:
-    """silu(x) = 1.702 gelu(x / 1.702) within 0.035 everywhere; without the factor it is off by 0.2."""
+    """silu(x) = 1.702 gelu(x / 1.702) within 0.036 everywhere; without the factor it is off by 0.2."""
     x = torch.linspace(-8, 8, 4001)
-    assert float((F.silu(x) - Gelu()(x)).abs().max()) < 0.035
+    assert float((F.silu(x) - Gelu()(x)).abs().max()) < 0.036
     assert float((F.silu(x) - F.gelu(x, approximate="tanh")).abs().max()) > 0.15
 
 

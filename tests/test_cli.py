@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -82,8 +83,9 @@ def test_every_verb_explains_itself(run: Run, verb: str) -> None:
 
 
 def test_help_of_a_verb_does_not_import_torch() -> None:
-    code = "import sys\nfrom gemwright.cli import main\nfor v in {}: main([v, '--help'])\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code.format(list(cli.VERBS))], capture_output=True, check=True)
+    code = f"import sys\nfrom gemwright.cli import main\nfor verb in {list(cli.VERBS)}: main([verb, '--help'])\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
 def test_wrong_usage_is_2(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -483,24 +485,27 @@ def test_chat_on_a_terminal(folder: Path, state: Path) -> None:
     """The whole program at a real terminal: greeting, an answer with counts, Ctrl-C at the prompt, Ctrl-D leaves."""
     keyboard, terminal = os.openpty()
     command = [sys.executable, "-m", "gemwright", "chat", str(folder), "--max-new-tokens", "5"]
-    environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1"}
+    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
     chat = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
     seen = b""
 
     def until(text: bytes) -> None:
         nonlocal seen
+        end = time.monotonic() + 60
         while text not in seen:
+            ready, _, _ = select.select([keyboard], [], [], max(0.0, end - time.monotonic()))
+            assert ready, (text, seen)
             seen += os.read(keyboard, 4096)
         seen = seen.partition(text)[2]
 
     until(b"Ctrl-D leaves.")
-    until(b"> ")
+    until(b">")
     os.write(keyboard, b"Hello there\r")
     until(b"tokens/s")
-    until(b"> ")
+    until(b">")
     os.write(keyboard, b"half a line\x03")
-    until(b"> ")
+    until(b">")
     os.write(keyboard, b"\x04")
     assert chat.wait(timeout=30) == 0
     os.close(keyboard)

