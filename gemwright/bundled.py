@@ -14,15 +14,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer as LibraryTokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer
+from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer, special_ids
 from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
 from gemwright.gguf import Gguf
@@ -34,6 +36,8 @@ BASE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FILES: Final = Path(__file__).parent / "mini"
 
+REVISION: Final = 1
+"""To be raised when the same delta is built into other files."""
 GENERATION: Final = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 """The model's default sampling: a model of this size wanders at temperature 1."""
 
@@ -63,7 +67,7 @@ def folder(*, progress: bool = True) -> Path:
     Raises BundledBaseMissing without the base package.
     """
     delta = FILES / "delta.safetensors"
-    key = hashlib.sha256(delta.read_bytes() + json.dumps(GENERATION).encode()).hexdigest()[:12]
+    key = hashlib.sha256(delta.read_bytes() + json.dumps([REVISION, GENERATION]).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = cache / "gemwright" / f"mini-{key}"
     if not (target / "config.json").is_file():
@@ -77,8 +81,9 @@ def _build(base: Path, delta: Path, target: Path, *, progress: bool) -> None:
     if digest != BASE_SHA256:
         raise BundledBaseMissing(f"{base.name}: not the file that the delta was made for; this fetches it: {COMMAND}")
     source = Gguf(base)
-    config = adopted_config(source.hf_config())
     tokenizer, tokenizer_config = gemma_tokenizer(source.tokenizer_json())
+    bos, eos, pad = special_ids(LibraryTokenizer.from_str(tokenizer), tokenizer_config)
+    config = replace(adopted_config(source.hf_config()), bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     total = len(config.parameter_shapes())
     bar = tqdm(
         _tensors(source, config, delta), total=total, desc="building the bundled model", unit="tensor",

@@ -89,7 +89,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # made without nn.Embedding's own draw, which on the meta device costs seconds of imports (torch 2.13)
+        table_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*table_VD.shape, _weight=table_VD)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -104,6 +106,8 @@ class Gemma2(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
+        if not self.lm_head.weight.is_meta:
+            nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
 
     def tie(self) -> None:
         """Let the head share the embedding's parameter; to be called again after the embedding was replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -57,13 +58,16 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
 
     source = Gguf(bundled.base_path())
-    assert lm.config.to_hf() | {"dtype": ""} == adopted_config(source.hf_config()).to_hf() | {"dtype": ""}
+    want_config = dataclasses.replace(adopted_config(source.hf_config()), bos_token_id=0, pad_token_id=2)
+    assert lm.config == want_config
+    assert lm.tokenizer.bos_id == 0
+    assert lm.stop_ids == {2}
     name = "model.layers.3.self_attn.o_proj"
     with safe_open(DELTA, framework="pt") as file:
         want = fuse(
             source.tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
         )
-    got = lm.model.get_submodule(name).weight
+    got = dict(lm.model.named_parameters())[f"{name}.weight"]
     assert torch.equal(got, want.bfloat16().float())
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]

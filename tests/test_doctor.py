@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import folder_fixtures
 import pytest
+import tokenizer_fixtures
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -201,7 +202,7 @@ def test_a_truncated_file_fails_and_the_rest_is_skipped(patient: Path) -> None:
     ("changes", "check"),
     [
         ({"add_bos_token": False}, "BOS"),
-        ({"chat_template": "{{ bos_token }}" + folder_fixtures.tokenizer_fixtures.PUBLISHED}, "BOS"),
+        ({"chat_template": "{{ bos_token }}" + tokenizer_fixtures.PUBLISHED}, "BOS"),
         ({"bos_token": "<nowhere>"}, "tokenizer"),
     ],
 )
@@ -218,7 +219,7 @@ def test_stop_ids_without_the_end_of_a_turn(patient: Path) -> None:
 
 
 def test_a_foreign_template_is_a_warning(patient: Path) -> None:
-    template = folder_fixtures.tokenizer_fixtures.PUBLISHED.replace("start_of_turn", "unused3")
+    template = tokenizer_fixtures.PUBLISHED.replace("start_of_turn", "unused3")
     edit_json(patient / "tokenizer_config.json", chat_template=template)
     report = checks(patient)
     assert fired(report) == []
@@ -308,8 +309,8 @@ def test_a_backend_broken_in_decoding_alone_fires_its_check(
     healthy: tuple[Path, ModelConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(attention.AUTO, ("cpu", "decode"), "flex")
-    whole = attention.BACKENDS["flex"]
-    monkeypatch.setitem(attention.BACKENDS, "flex", dataclasses.replace(whole, load=lambda: one_key_too_many))
+    whole, broken = attention.BACKENDS["flex"], cast(Callable[[], attention.Attend], lambda: one_key_too_many)
+    monkeypatch.setitem(attention.BACKENDS, "flex", dataclasses.replace(whole, load=broken))
     report = checks(*healthy)
     assert fired(report) == ["window"]
     assert "flex (decode)" in report["window"].detail

@@ -51,7 +51,12 @@ def write(
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         name = key if key.startswith("tokenizer.") else f"{arch}.{key}"
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add: dict[type, Any] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
         add.get(type(value), writer.add_array)(name, value)
     for name, tensor in tensors.items():
         kind = (quantise or {}).get(name, Kind.F32)

@@ -229,7 +229,7 @@ def test_folder_defaults_are_used_and_can_be_overruled(tmp_path: Path) -> None:
 
 
 def test_an_id_past_the_tokenizer_has_no_text(tmp_path: Path) -> None:
-    """A table of more rows than the tokenizer has tokens; sampling such a row once raised in the middle of an answer."""
+    """A table of more rows than the tokenizer has tokens; sampling such a row once raised amid an answer."""
     gemma2(tmp_path / "model", vocab_size=5000)
     lm = gemwright.load(tmp_path / "model", device="cpu")
     answer = lm.generate("Hello", max_new_tokens=40, seed=1, stop_ids=frozenset())

@@ -29,14 +29,15 @@ def draw(logits_V: torch.Tensor, draws: int, **params: object) -> torch.Tensor:
 
 def oracle(logits_V: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
     """Probabilities after transformers' warpers."""
-    row = TemperatureLogitsWarper(temperature)(None, logits_V[None])
+    row: torch.Tensor = TemperatureLogitsWarper(temperature)(None, logits_V[None])
     if top_k:
         row = TopKLogitsWarper(top_k)(None, row)
     if top_p < 1:
         row = TopPLogitsWarper(top_p)(None, row)
     if min_p:
         row = MinPLogitsWarper(min_p)(None, row)
-    return row.softmax(-1)[0]
+    probabilities: torch.Tensor = row.softmax(-1)[0]
+    return probabilities
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_candidates_do_not_depend_on_how_many_are_looked_at(monkeypatch: pytest.
     ("field", "value"),
     [
         ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("min_new_tokens", -1), ("temperature", -0.1),
-        ("temperature", math.nan), ("temperature", "hot"), ("top_k", -1), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1),
-        ("min_p", -0.5), ("repetition_penalty", 0.0), ("stop", ("",)), ("seed", 2**63), ("seed", 1.0), ("logprobs", -1),
-        ("logprobs", 1000), ("prompt_logprobs", "all"),
+        ("temperature", math.nan), ("temperature", "hot"), ("top_k", -1), ("top_k", True), ("top_p", 0.0),
+        ("top_p", 1.1), ("min_p", -0.5), ("repetition_penalty", 0.0), ("stop", ("",)), ("seed", 2**63), ("seed", 1.0),
+        ("logprobs", -1), ("logprobs", 1000), ("prompt_logprobs", "all"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field: str, value: object) -> None:

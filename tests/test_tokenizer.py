@@ -250,7 +250,7 @@ def test_stream_equals_decode(name: str, loaded: dict[str, Tokenizer], data: st.
     ids = data.draw(st.lists(anything | st.sampled_from([space, 1, 2, 108 + 0xC3, 108 + 0xA9]), max_size=16))
     ids = data.draw(st.sampled_from([ids, tokenizer.encode(data.draw(st.text(max_size=9))) + ids]))
     sizes = data.draw(st.lists(st.integers(0, 4), max_size=8))
-    parts = []
+    parts: list[list[int]] = []
     for size in sizes:
         parts.append(ids[sum(map(len, parts)) :][:size])
     parts.append(ids[sum(map(len, parts)) :])

@@ -35,8 +35,10 @@ from gemwright.ops.attention import Visibility, reference
 from gemwright.ops.norm import RMSNorm
 from gemwright.ops.rope import rope_tables
 
-T = 26
+T = 20
 """Tokens: past the debug preset's window of 8, and past every ring of it."""
+WAYS = [entry for entry in ENTRIES if entry not in ("mixed", "right", "left_cached")]
+"""The entries that each trait goes through; the plain model goes through all."""
 MOVED = 20 * TOLERANCE
 """A changed trait moves the output by at least this much."""
 
@@ -116,7 +118,7 @@ def test_plain_model_equals_the_oracle(entry: str, prompt: Tensor, plain: Tensor
     assert distance(ENTRIES[entry](ours(debug(), weights(debug())), prompt), plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", WAYS)
 @pytest.mark.parametrize("trait", CONFIG_TRAITS)
 def test_config_trait(trait: str, entry: str, prompt: Tensor, plain: Tensor) -> None:
     a, b = pair(debug(**CONFIG_TRAITS[trait]))
@@ -126,7 +128,7 @@ def test_config_trait(trait: str, entry: str, prompt: Tensor, plain: Tensor) -> 
     assert distance(got, want) < TOLERANCE
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", WAYS)
 @pytest.mark.parametrize("trait", ARITHMETIC_TRAITS)
 def test_arithmetic_trait(trait: str, entry: str, prompt: Tensor, plain: Tensor, monkeypatch: Patch) -> None:
     a, b = pair(debug())

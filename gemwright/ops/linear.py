@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from gemwright.ops.cpu import has_fast_bf16
 
-FEW_ROWS: Final = 8
-"""Up to this many rows the bf16 kernel, which reads the weight once a row, beats converting the weight."""
+FEW_ROWS: Final = 3
+"""Up to this many rows the bf16 kernel, whose time grows with each row, beats converting the weight (measured)."""
 TILE_BYTES: Final = 4 * 2**20
 """Bytes of fp32 weight converted at a time."""
 

@@ -265,8 +265,8 @@ def teacher() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     weights = {name: source.tensor(name) for name in source.names()}
     model.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)
     library = Tokenizer.from_str(source.tokenizer_json())
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, chat_template=source.chat_template)  # type: ignore[no-untyped-call]
-    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=library, chat_template=source.chat_template)
+    return model.eval(), tokenizer
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -147,7 +147,7 @@ def _pack_both(rows: list[list[Example]]) -> tuple[Rows, Rows]:
 
 def mixed(folder: Path, tokenizer: Tokenizer) -> Iterator[Example]:
     """Prose and chats by turns, 3 tokens of prose to 2 of chats; either starts again when it is used up."""
-    sources = [
+    sources: list[Callable[[], Iterator[Example]]] = [
         lambda: prose_examples(load_prose(folder, "train"), tokenizer),
         lambda: chat_examples(load_chats(folder, "train"), tokenizer, questions=True),
     ]
@@ -285,6 +285,8 @@ def train(args: argparse.Namespace, model: Gemma2, llama: Llama, tokenizer: Toke
         step, tokens, elapsed = saved["step"], saved["tokens"], saved["elapsed"]
         for _ in range(step):
             next(stream)
+        kept = (out / "log.jsonl").read_text().splitlines(keepends=True)[:step]
+        (out / "log.jsonl").write_text("".join(kept))
         print(f"resumed at step {step}", flush=True)
     last = time.monotonic()
     while elapsed < args.minutes * 60:
@@ -339,7 +341,7 @@ def main() -> None:
     config = adopted_config(source.hf_config())
     llama = Llama(source, config)
     tokenizer = Tokenizer.from_str(gemma_tokenizer(source.tokenizer_json())[0])
-    heldout = {
+    heldout: dict[str, Callable[[], Iterator[Example]]] = {
         "prose": lambda: prose_examples(load_prose(args.data, "heldout"), tokenizer),
         "answers": lambda: chat_examples(load_chats(args.data, "heldout"), tokenizer, questions=False),
     }
