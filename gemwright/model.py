@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         super().__init__()
         # made without nn.Embedding's own draw, which on the meta device costs seconds of imports (torch 2.13)
         table_VD = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*table_VD.shape, _weight=table_VD)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table_VD)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
