@@ -280,7 +280,7 @@ def pipeline(
         raise ValueError(f"task: got {task!r}, allowed is 'text-generation'")
     kwargs = dict(model_kwargs or {}) | options
     kwargs.pop("attn_implementation", None)  # eager, sdpa, flash: here there is one arithmetic, the exact one
-    where = device if device is not None else device_map
+    where = "cpu" if device == -1 else device if device is not None else device_map  # -1: transformers' CPU
     chosen = dtype or torch_dtype or kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     hub_options = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir") if name in kwargs}
     offline = bool(kwargs.pop("local_files_only", False))

@@ -15,6 +15,9 @@ the same input; this settles the new post-norms long before the logits alone wou
 Trained are the norms, whole, each at a rate in proportion to its gain (post-norm gains reach 500), and a low-rank
 update of every linear. The rate follows the wall clock (warm-up, constant, linear decay), so a run fits its time.
 
+On a virtual machine page faults can cost more than the arithmetic; keep freed memory in the process:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=268435456.
+
 Legend: B rows, T tokens, D model, X aligned tokens.
 """
 
