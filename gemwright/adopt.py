@@ -295,7 +295,7 @@ def adopt(
         total=len(config.parameter_shapes()),
         desc="adopting",
         unit="tensor",
-        disable=not progress,
+        disable=None if progress else True,
         leave=False,
     )
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_ids)}

@@ -87,7 +87,7 @@ def _build(base: Path, delta: Path, target: Path, *, progress: bool) -> None:
     total = len(config.parameter_shapes())
     bar = tqdm(
         _tensors(source, config, delta), total=total, desc="building the bundled model", unit="tensor",
-        disable=not progress, file=sys.stderr, leave=False,
+        disable=None if progress else True, file=sys.stderr, leave=False,  # None: no bar where nobody watches
     )  # fmt: skip
     write(
         target,
