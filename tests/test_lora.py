@@ -41,12 +41,12 @@ def test_fuse_equals_apply(scale: float) -> None:
 
 
 def test_fuse_rounds_once() -> None:
-    """bf16 weights: the update is added in fp32, so many updates below one rounding step are not lost one by one."""
-    weight = torch.ones(2, 2, dtype=torch.bfloat16)
-    a, b = torch.full((4, 2), 1.0, dtype=torch.bfloat16), torch.full((2, 4), 2**-10, dtype=torch.bfloat16)
-    fused = fuse(weight, a, b, scale=2.0)  # 1 + 2 * 4 / 1024 = 1.0078125, one step of bf16 above 1
+    """bf16 factors: product and sum are exact to fp32, and the weight is the nearest bf16 to W + s B A."""
+    weight, a, b = (torch.randn(shape).bfloat16() for shape in ((40, 30), (4, 30), (40, 4)))
+    fused = fuse(weight, a, b, scale=0.5)
     assert fused.dtype == torch.bfloat16
-    assert torch.equal(fused.float(), torch.full((2, 2), 1.0078125))
+    assert torch.equal(fused, (weight.double() + 0.5 * b.double() @ a.double()).bfloat16())
+    assert not torch.equal(fused, weight + 0.5 * (b @ a))  # two roundings more
 
 
 def test_only_the_adapter_learns() -> None:
