@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "one_kv_head": {"num_key_value_heads": 1},
     "as_many_kv_heads": {"num_key_value_heads": 4},
     "no_caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-    "tiny_caps": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+    "tight_caps": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
     "cap_past_the_safe_one": {"attn_logit_softcapping": 90.0},
     "window_1": {"sliding_window": 1},
     "window_3": {"sliding_window": 3},

@@ -69,9 +69,10 @@ def _norm_without_one(a: Gemma2, b: Oracle, patch: Patch) -> None:
     patch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", forward)
 
 
-def _embedding_unscaled(a: Gemma2, b: Oracle, patch: Patch) -> None:
-    a.model.embed_tokens.register_forward_hook(lambda module, args, x: x / a.config.hidden_size**0.5)
-    b.model.embed_tokens.register_forward_hook(lambda module, args, x: x / a.config.hidden_size**0.5)
+def _embedding_scale_doubled(a: Gemma2, b: Oracle, patch: Patch) -> None:
+    """Doubled, not removed: a smaller scale makes the oracle itself move by 3e-4 when its weights move by a rounding."""
+    for embedding in (a.model.embed_tokens, b.model.embed_tokens):
+        embedding.register_forward_hook(lambda module, args, x: x * 2)
 
 
 def _silu(a: Gemma2, b: Oracle, patch: Patch) -> None:
@@ -92,7 +93,7 @@ def _untied(a: Gemma2, b: Oracle, patch: Patch) -> None:
 
 ARITHMETIC_TRAITS: dict[str, Change] = {
     "norm_one_plus_weight": _norm_without_one,
-    "embedding_scale": _embedding_unscaled,
+    "embedding_scale": _embedding_scale_doubled,
     "activation": _silu,
     "input_norm": partial(_without, "input_layernorm"),
     "post_attention_norm": partial(_without, "post_attention_layernorm"),
