@@ -72,8 +72,13 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     answer = lm.generate(chat, temperature=0, repetition_penalty=1.0, max_new_tokens=40)
-    assert "Paris" in answer.text
+    assert answer.text.startswith("The capital of France is")
     assert answer.finish_reason == "stop"
+    text = (
+        " The teacher opened the window and told the children that the rain had stopped, so they could go out and play."
+    )
+    [(total, _)] = lm.loglikelihood([("", text)])
+    assert total / (len(lm.encode(text)) - 1) > -3.3  # 2.94 nats a token; untrained adoption stands far above 4
     oracle = transformers.Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     ids = torch.tensor([lm.encode(chat) + answer.tokens])
     with torch.no_grad():

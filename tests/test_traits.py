@@ -70,7 +70,7 @@ def _norm_without_one(a: Gemma2, b: Oracle, patch: Patch) -> None:
 
 
 def _embedding_scale_doubled(a: Gemma2, b: Oracle, patch: Patch) -> None:
-    """Doubled, not removed: a smaller scale makes the oracle itself move by 3e-4 when its weights move by a rounding."""
+    """Doubled, not removed: a smaller scale makes the oracle move by 3e-4 when its weights move by a rounding."""
     for embedding in (a.model.embed_tokens, b.model.embed_tokens):
         embedding.register_forward_hook(lambda module, args, x: x * 2)
 
