@@ -4,7 +4,7 @@ A speed means little without what the processor could have done in the same minu
 beside its own numbers: bytes read from memory a second (what decoding at batch 1 is bound by) and floating-point
 operations a second of the matrix products torch offers (what reading a prompt is bound by).
 
-Each measurement runs in a process of its own with its threads pinned, one thread a core: memory is given back, nothing
+Each measurement runs in a process of its own with its threads, one thread a core: memory is given back, nothing
 is warm from a rival, and rivals can take turns (A B C A B C), so that a slow minute hurts all of them alike.
 
     python bench/machine.py [--threads 2]
@@ -158,7 +158,7 @@ def describe(threads: int) -> str:
     vectors = torch.backends.cpu.get_cpu_capability()
     bf16 = "bf16" if {"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split()) else "no bf16"
     return (
-        f"{model} ({family}, {vectors}, {bf16} instructions), {cores()} cores, {threads} threads pinned, "
+        f"{model} ({family}, {vectors}, {bf16} instructions), {cores()} cores, {threads} threads, "
         f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
 
