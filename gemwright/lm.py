@@ -41,6 +41,11 @@ class Completion:
     """From the prompt's second token on."""
 
 
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt (a text, or the messages of a conversation) and not a list of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+
+
 class _Row:
     """The text of one row while it grows."""
 
@@ -144,7 +149,7 @@ class LM:
         `sampling` takes the fields of SamplingParams; those not given come from the folder's generation_config. Raises
         ValueError for a control or a message that is not allowed, ContextError where a prompt does not fit.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        single = _is_one(prompts)
         batch: Sequence[Any] = [prompts] if single else prompts
         if not batch:
             return []
@@ -243,7 +248,7 @@ class TextGeneration:
             raise ValueError(f"{unknown[0]}: not supported by this pipeline; allowed are {allowed}")
         if not do_sample:
             options["temperature"] = 0.0
-        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], Mapping))
+        single = _is_one(inputs)
         batch = [inputs] if single else list(inputs)
         answers = self.lm.generate(batch, stop=stop, **options)
         results = [

@@ -130,7 +130,7 @@ def _weights(
     x = torch.bmm(q_ZgH, k_ZsH.transpose(1, 2)).float().mul_(scale if cap is None else scale / cap)
     if cap is not None:
         x.tanh_()
-        tanh = x if lse_Zg is None else x.clone()  # only backward needs it
+        tanh = None if lse_Zg is None else x.clone()  # only backward needs it
         x.mul_(cap)
     if lse_Zg is not None:
         shift = lse_Zg
