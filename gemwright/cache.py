@@ -13,11 +13,23 @@ Legend: B rows, T new tokens, S live slots, K key/value heads, H head dim.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from gemwright.config import ModelConfig
-from gemwright.ops.attention import EMPTY
+from gemwright.ops.attention import EMPTY, Attend
+
+
+class Cache(Protocol):
+    """What the model asks of a cache: positions in, once for a forward pass, then keys and values, once a layer."""
+
+    attend: Attend | None
+    """The attention that reads what `write` returns, where that is laid out in a way of its own; None: the model's."""
+
+    def advance(self, pos_BT: Tensor) -> tuple[Tensor, Tensor]: ...
+    def write(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class _Ring:
@@ -46,6 +58,8 @@ class _Ring:
 
 class KVCache:
     """Keys and values of `rows` sequences of up to `max_length` positions, read in chunks of at most `chunk`."""
+
+    attend: Attend | None = None
 
     def __init__(
         self,

@@ -19,8 +19,8 @@ from torch import Tensor
 from gemwright.cache import KVCache
 from gemwright.model import Gemma2
 from gemwright.ops.attention import PADDING
-from gemwright.ops.loss import chunks
-from gemwright.sampling import Sampler, SamplingParams
+from gemwright.ops.head import chunks
+from gemwright.sampling import History, Sampler, SamplingParams
 
 CHUNK: Final = 512
 """Prompt tokens read in one forward pass."""
@@ -55,7 +55,7 @@ class Token:
 class Generation:
     """Generates for a batch of prompts; iterate over it for the tokens of each step. Ended rows stay as padding.
 
-    Raises ValueError (ids) or ContextError before anything is computed.
+    Raises ValueError (ids, n) or ContextError before anything is computed.
     """
 
     def __init__(
@@ -68,6 +68,10 @@ class Generation:
         chunk: int = CHUNK,
     ) -> None:
         assert len(prompts) == len(params), (len(prompts), len(params))
+        for p in params:
+            p.check(model.config.vocab_size)
+            if p.n > 1:
+                raise ValueError(f"n: got {p.n}, allowed is 1 in the plain loop, which gives each prompt one row")
         self.model, self.prompts, self.params = model, prompts, params
         self.budgets = [budget(model, prompt, p.max_new_tokens) for prompt, p in zip(prompts, params, strict=True)]
         self.stop_ids = [stop_ids if p.stop_ids is None else p.stop_ids for p in params]
@@ -90,17 +94,22 @@ class Generation:
         dtype = model.model.embed_tokens.weight.dtype
         cache = KVCache(model.config, B, longest, chunk=self.chunk, dtype=dtype, device=self.device)
         sampler = Sampler(self.params, self.device)
-        seen_BV = self._seen() if sampler.penalised else None
+        histories = [
+            History(prompt) if p.penalised else None for prompt, p in zip(self.prompts, self.params, strict=True)
+        ]
+        reported = any(p.logprobs is not None for p in self.params)
         hidden_BD = self._read(cache)
         for step in range(max(self.budgets)):
             logits_BV = model.logits(hidden_BD)
-            banned_BV = self._banned(step, logits_BV)
-            tokens_B = sampler(logits_BV, lengths_B + step, seen_BV=seen_BV, banned_BV=banned_BV)
-            yield self._report(step, tokens_B, logits_BV)
+            raw_BV = logits_BV.clone() if reported else logits_BV
+            banned = {row: self.stop_ids[row] for row, p in enumerate(self.params) if step < p.min_new_tokens}
+            tokens_B = sampler(logits_BV, lengths_B + step, histories=histories, banned=banned)
+            yield self._report(step, tokens_B, raw_BV)
             if all(self.done):
                 return
-            if seen_BV is not None:
-                seen_BV.scatter_(1, tokens_B[:, None], True)
+            for history, token in zip(histories, tokens_B.tolist(), strict=True):
+                if history is not None:
+                    history.push(token)
             ended_B = torch.tensor(self.done, device=self.device)
             pos_B = torch.where(ended_B, PADDING, lengths_B + step)
             hidden_BD = model(tokens_B[:, None], pos_B[:, None], cache=cache)[:, 0]
@@ -126,22 +135,6 @@ class Generation:
         if found is not None and top is not None and targets:
             found += token_logprobs(self.model, hidden_TD[: len(targets)], targets, top)
 
-    def _seen(self) -> Tensor:
-        seen_BV = torch.zeros(len(self.prompts), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
-        for row, prompt in enumerate(self.prompts):
-            seen_BV[row, torch.tensor(prompt, device=self.device)] = True
-        return seen_BV
-
-    def _banned(self, step: int, logits_BV: Tensor) -> Tensor | None:
-        """Stop ids of rows that have not reached their min_new_tokens."""
-        rows = [row for row, p in enumerate(self.params) if step < p.min_new_tokens]
-        if not rows:
-            return None
-        banned_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-        for row in rows:
-            banned_BV[row, sorted(self.stop_ids[row])] = True
-        return banned_BV
-
     def _report(self, step: int, tokens_B: Tensor, logits_BV: Tensor) -> list[Token]:
         """The step's tokens of the rows still running; marks the rows that end here."""
         events = []
@@ -161,14 +154,14 @@ class Generation:
 
 
 def budget(model: Gemma2, prompt: Sequence[int], max_new_tokens: int | None) -> int:
-    """How many tokens may follow a prompt; raises where its ids or the counts do not fit."""
+    """How many tokens may follow a prompt; raises where its ids or the counts do not fit. 0 asks for none."""
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     if not prompt:
         raise ValueError("prompt: got no tokens, allowed is at least one (a BOS, for instance)")
     if wrong := [i for i in prompt if not 0 <= i < vocab]:
         raise ValueError(f"prompt: got token id {wrong[0]}, allowed is 0..{vocab - 1}")
     left = context - len(prompt)
-    if left < (max_new_tokens or 1):
+    if left < (1 if max_new_tokens is None else max_new_tokens):
         wanted = "" if max_new_tokens is None else f" and max_new_tokens {max_new_tokens}"
         raise ContextError(f"prompt of {len(prompt)} tokens{wanted}: the context holds {context}; nothing was cut")
     return min(DEFAULT_NEW_TOKENS, left) if max_new_tokens is None else max_new_tokens
@@ -216,7 +209,7 @@ def loglikelihood(
                 f"loglikelihood: {len(context)} and {len(continuation)} tokens, allowed is at least one each"
             )
         # the last token of a continuation is predicted and never read
-        budget(model, [*context, *continuation[:-1]], None)
+        budget(model, [*context, *continuation[:-1]], 0)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     device = model.model.embed_tokens.weight.device
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)

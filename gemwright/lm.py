@@ -1,4 +1,4 @@
-"""LM: text in, text out. Prompts, stop strings and incremental text over a model, a tokenizer and the plain loop.
+"""LM: text in, text out. Prompts, stop strings and incremental text over a model, a tokenizer and the engine.
 
     lm = gemwright.load("folder-or-hub-name")
     lm.generate([{"role": "user", "content": "Hi"}], temperature=0).text
@@ -11,14 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, overload
 
 import torch
+from torch import Tensor
 
 from gemwright import bundled, hub, prompt
 from gemwright.checkpoint import Checkpoint
-from gemwright.generate import Finish, Generation, Token, TokenLogprob, loglikelihood
+from gemwright.engine.engine import Engine
+from gemwright.engine.request import Finish, Pooling, Request, TokenEvent
+from gemwright.engine.structured import Constraint, Grammars
+from gemwright.generate import TokenLogprob
 from gemwright.loader import choose_device, load_model
 from gemwright.sampling import SamplingParams, defaults
 from gemwright.tokenizer import TextStream, Tokenizer
@@ -39,6 +44,8 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     """From the prompt's second token on."""
+    cached_tokens: int = 0
+    """Prompt tokens whose keys an earlier request had left."""
 
 
 def _is_one(prompts: Any) -> bool:
@@ -46,59 +53,79 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
 
 
-class _Row:
-    """The text of one row while it grows."""
+class Answer:
+    """The text of one sample while it grows."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_tokens: int) -> None:
-        self.text = TextStream(tokenizer, stop=params.stop)
-        self.vocab = tokenizer.vocab_size
+        self._text = TextStream(tokenizer, stop=params.stop)
+        self._vocab = tokenizer.vocab_size
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.finish: Finish = "length"
+        self.prompt_logprobs: list[TokenLogprob] | None = None
+        self.finish: Finish = "cancelled"
 
-    def push(self, token: Token) -> str:
-        """Take a token in; the text that is now certain."""
-        if token.finish is not None:
-            self.finish = token.finish
-        if token.finish == "stop":
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came: the request can be cancelled."""
+        return self._text.stopped
+
+    def push(self, event: TokenEvent) -> str:
+        """Take an event in; the text that is now certain, all of it with the last event. RuntimeError for a failure."""
+        if event.finish == "error":
+            raise RuntimeError(f"generation failed: {event.error}")
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
+        if self.stopped:
             return ""
-        self.tokens.append(token.id)
-        if self.logprobs is not None and token.logprob is not None:
-            self.logprobs.append(token.logprob)
-        # a table padded past the tokenizer's vocabulary can yield an id that has no text
-        piece = self.text.push([token.id] if token.id < self.vocab else [])
-        if self.text.stopped:
+        if event.finish is not None:
+            self.finish = event.finish
+        piece = ""
+        if event.token is not None and event.finish != "stop":
+            self.tokens.append(event.token)
+            if self.logprobs is not None and event.logprob is not None:
+                self.logprobs.append(event.logprob)
+            # a table padded past the tokenizer's vocabulary can yield an id that has no text
+            piece = self._text.push([event.token] if event.token < self._vocab else [])
+        if self.stopped:
             self.finish = "stop"
-        return piece
+        return piece + self._text.finish() if event.finish is not None else piece
 
-    def completion(self, prompt_logprobs: list[TokenLogprob] | None) -> Completion:
-        self.text.finish()
-        return Completion(self.text.text, self.tokens, self.finish, self.prompt_tokens, self.logprobs, prompt_logprobs)
+    def completion(self) -> Completion:
+        """What there is so far."""
+        self._text.finish()
+        return Completion(
+            self._text.text, self.tokens, self.finish, self.prompt_tokens, self.logprobs, self.prompt_logprobs,
+            self.cached_tokens,
+        )  # fmt: skip
 
 
 class Stream:
     """Iterate for pieces of text as they become certain; `completion` is what there is so far, all of it at the end."""
 
-    def __init__(self, generation: Generation, row: _Row) -> None:
-        self._generation, self._row = generation, row
-        self._pieces = self._run()
+    def __init__(self, engine: Engine, request: Request, answer: Answer) -> None:
+        self._answer = answer
+        self._pieces = self._run(engine, request)
 
-    def _run(self) -> Iterator[str]:
-        for (token,) in self._generation:
-            if piece := self._row.push(token):
-                yield piece
-            if self._row.text.stopped:
-                return
-        if tail := self._row.text.finish():
-            yield tail
+    def _run(self, engine: Engine, request: Request) -> Iterator[str]:
+        events = engine.stream([request])
+        try:
+            for event in events:
+                if piece := self._answer.push(event):
+                    yield piece
+                if self._answer.stopped:
+                    return
+        finally:
+            events.close()
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
     @property
     def completion(self) -> Completion:
-        return self._row.completion(self._generation.prompt_logprobs[0])
+        return self._answer.completion()
 
 
 class LM:
@@ -135,6 +162,16 @@ class LM:
             raise ValueError(f"{unknown[0]}: no such sampling control; allowed are {', '.join(fields)}")
         return SamplingParams(**(defaults(self.generation_config) | sampling))
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles constraints for this tokenizer."""
+        return Grammars(self.tokenizer, self.config.vocab_size, self.stop_ids)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that this model's own calls run on, made by the first of them."""
+        return Engine(self)
+
     @overload
     def generate(self, prompts: str | Messages, *, system: str | None = None, **sampling: Any) -> Completion: ...
     @overload
@@ -142,35 +179,59 @@ class LM:
         self, prompts: Sequence[Prompt], *, system: str | None = None, **sampling: Any
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, system: str | None = None, **sampling: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        system: str | None = None,
+        constraint: Constraint | None = None,
+        adapter: str | None = None,
+        engine: Engine | None = None,
+        **sampling: Any,
     ) -> Completion | list[Completion]:
-        """Generate for one prompt (a text, or messages), or for a list of prompts as one batch.
+        """Generate for one prompt (a text, or messages), or for a list of prompts at once.
 
-        `sampling` takes the fields of SamplingParams; those not given come from the folder's generation_config. Raises
-        ValueError for a control or a message that is not allowed, ContextError where a prompt does not fit.
+        `sampling` takes the fields of SamplingParams; those not given come from the folder's generation_config. With
+        n > 1 the answer is a list, n to a prompt. `constraint` (engine.structured.Constraint) says what an answer must
+        look like, `adapter` names one that the engine has loaded; `engine` is used instead of this model's own.
+        Raises ValueError for a control or a message that is not allowed, ContextError where a prompt does not fit.
         """
         single = _is_one(prompts)
         batch: Sequence[Any] = [prompts] if single else prompts
-        if not batch:
-            return []
         params = self.params(**sampling)
         ids = [self.encode(one, system=system) for one in batch]
-        generation = Generation(self.model, ids, [params] * len(ids), stop_ids=self.stop_ids)
-        rows = [_Row(self.tokenizer, params, len(one)) for one in ids]
-        for tokens in generation:
-            for token in tokens:
-                rows[token.row].push(token)
-                if rows[token.row].text.stopped:
-                    generation.stop(token.row)
-        done = [row.completion(lp) for row, lp in zip(rows, generation.prompt_logprobs, strict=True)]
-        return done[0] if single else done
+        requests = [
+            Request(id=f"{id(ids)}-{i}", tokens=one, params=params, constraint=constraint, adapter=adapter)
+            for i, one in enumerate(ids)
+        ]
+        answers = {(r.id, n): Answer(self.tokenizer, params, len(r.tokens)) for r in requests for n in range(params.n)}
+        runner = engine or self.engine
+        for event in runner.stream(requests):
+            answer = answers[event.id, event.index]
+            answer.push(event)
+            if answer.stopped and event.finish is None:
+                runner.cancel(event.id, event.index)
+        done = [answer.completion() for answer in answers.values()]
+        return done[0] if single and params.n == 1 else done
 
-    def stream(self, prompt_: Prompt, *, system: str | None = None, **sampling: Any) -> Stream:
-        """The pieces of text for one prompt as they come; arguments as for `generate`."""
+    def stream(
+        self,
+        prompt_: Prompt,
+        *,
+        system: str | None = None,
+        constraint: Constraint | None = None,
+        adapter: str | None = None,
+        engine: Engine | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """The pieces of text for one prompt as they come; arguments as for `generate`, with n = 1."""
         params = self.params(**sampling)
+        if params.n > 1:
+            raise ValueError(f"n: got {params.n}, allowed is 1 for a stream")
         ids = self.encode(prompt_, system=system)
-        generation = Generation(self.model, [ids], [params], stop_ids=self.stop_ids)
-        return Stream(generation, _Row(self.tokenizer, params, len(ids)))
+        # refused here, and not when the first piece is asked for
+        runner = engine or self.engine
+        runner.check(request := Request(tokens=ids, params=params, constraint=constraint, adapter=adapter))
+        return Stream(runner, request, Answer(self.tokenizer, params, len(ids)))
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's summed log-probability in nats; is it the greedy one.
@@ -178,7 +239,11 @@ class LM:
         The two are encoded together and split at the context's length; spaces at the context's end belong to the
         continuation (as lm-evaluation-harness does). An empty context is the BOS.
         """
-        return loglikelihood(self.model, [self._split(*pair) for pair in pairs])
+        return self.engine.score([self._split(*pair) for pair in pairs])
+
+    def embed(self, texts: Sequence[str], *, pooling: Pooling = "mean", normalize: bool = True) -> Tensor:
+        """Embeddings [texts, D] in fp32: the final hidden states, their mean or the last token's, of length 1."""
+        return self.engine.embed([self.encode(text) for text in texts], pooling=pooling, normalize=normalize)
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         stripped = context.rstrip()

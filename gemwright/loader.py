@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gemwright.checkpoint import Checkpoint
+from gemwright.checkpoint import EMBEDDING, Checkpoint
 from gemwright.config import ModelConfig
 from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
 from gemwright.ops.linear import cpu_linear
+from gemwright.parallel import TensorParallel, shard_config
+from gemwright.swap import put
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def choose_dtype(
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     chosen: torch.dtype
     if dtype == "auto":
-        chosen = checkpoint.dtype("model.embed_tokens.weight")
+        chosen = checkpoint.dtype(EMBEDDING)
         if chosen == torch.float16 and device.type == "cpu":
             chosen = torch.float32
     else:
@@ -72,6 +74,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     pack: bool = True,
+    parallel: TensorParallel | None = None,
 ) -> Gemma2:
     """Gemma2 in evaluation mode with the weights of a local folder.
 
@@ -81,10 +84,11 @@ def load_model(
         dtype: torch dtype or its name; `auto` is the stored one.
         attention: backend name for every phase, or `auto`.
         pack: on CPU, bring the linears into the form that is read fastest; such a model cannot be trained.
+        parallel: this process's place among those that hold the model together; only its slices are read.
     Raises:
         CheckpointError: the folder is damaged or incomplete.
         ConfigError: the configuration asks for arithmetic that Gemma 2 does not have.
-        ValueError: device, dtype or attention that cannot be exact here.
+        ValueError: device, dtype or attention that cannot be exact here, heads that the ranks do not divide.
     """
     checkpoint = Checkpoint(folder)
     config = ModelConfig.from_hf(checkpoint.config)
@@ -94,16 +98,21 @@ def load_model(
         attention, device=device.type, dtype=dtype, cap=config.attn_logit_softcapping, window=config.sliding_window
     )
     with torch.device("meta"):
-        model = Gemma2(config, chosen)
+        model = Gemma2(config if parallel is None else shard_config(config, parallel.world), chosen)
+    model.config = config
     for name in config.parameter_shapes():
-        rows = slice(0, config.vocab_size) if name == "model.embed_tokens.weight" else None
-        tensor = checkpoint.tensor(name, rows).to(device, dtype)
-        _assign(model, name, tensor)
+        if name == EMBEDDING:
+            tensor = checkpoint.tensor(name, slice(0, config.vocab_size))
+        else:
+            tensor = checkpoint.tensor(name) if parallel is None else parallel.read(checkpoint, config, name)
+        _assign(model, name, tensor.to(device, dtype))
         if pack and device.type == "cpu" and name.endswith("_proj.weight"):
             _pack(model, name.removesuffix(".weight"))
     model.tie()
     if pack and device.type == "cpu":
         _pack(model, "lm_head")
+    if parallel is not None:
+        parallel.wrap(model)
     log.info("loaded %s: %s on %s", folder, str(dtype).removeprefix("torch."), device)
     return model.eval()
 
@@ -114,7 +123,6 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _pack(model: nn.Module, name: str) -> None:
-    parent, _, leaf = name.rpartition(".")
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear), name
-    setattr(model.get_submodule(parent), leaf, cpu_linear(linear))
+    put(model, name, cpu_linear(linear))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemwright.cache import KVCache
+from gemwright.cache import Cache
 from gemwright.config import ModelConfig
 from gemwright.ops.attention import Attend, Attention, Visibility, softcap
 from gemwright.ops.norm import RMSNorm
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(D, K * H, bias=False)
         self.o_proj = nn.Linear(N * H, D, bias=False)
 
-    def forward(self, x_BTD: Tensor, see: Visibility, tables: Tables, attend: Attend, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, see: Visibility, tables: Tables, attend: Attend, cache: Cache | None) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
         q_BTNH = rotate(self.q_proj(x_BTD).view(heads), tables)
         k_BSKH = rotate(self.k_proj(x_BTD).view(heads), tables)
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(D, eps)
 
-    def forward(self, x_BTD: Tensor, see: Visibility, tables: Tables, attend: Attend, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, see: Visibility, tables: Tables, attend: Attend, cache: Cache | None) -> Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), see, tables, attend, cache)
         x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
         x_BTD = x_BTD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTD)))
@@ -114,7 +114,7 @@ class Gemma2(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens_BT: Tensor, pos_BT: Tensor, doc_BT: Tensor | None = None, cache: KVCache | None = None
+        self, tokens_BT: Tensor, pos_BT: Tensor, doc_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm.
 
@@ -134,7 +134,7 @@ class Gemma2(nn.Module):
         globe = Visibility(pos_BT, global_BS, doc_BT, doc_BT)
         tables = rope_tables(pos_BT, config.head_dim, config.rope_theta)
         phase = "train" if cache is None else "decode" if tokens_BT.shape[1] == 1 else "prefill"
-        attend = self.attention.backend(phase)
+        attend = (cache.attend if cache is not None else None) or self.attention.backend(phase)
         for i, block in enumerate(self.model.layers):
             x_BTD = block(x_BTD, globe if config.window(i) is None else local, tables, attend, cache)
         return self.model.norm(x_BTD)  # type: ignore[no-any-return]

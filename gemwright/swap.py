@@ -14,6 +14,12 @@ Make = Callable[[str, nn.Linear], nn.Module]
 """Given a linear's full name and the linear, the module that takes its place."""
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place that a full name says, whatever is there."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 def swap(model: nn.Module, makers: Mapping[str, Make]) -> list[str]:
     """Replace every `nn.Linear` whose full name matches a regular expression (first match wins); names replaced.
 
@@ -26,8 +32,7 @@ def swap(model: nn.Module, makers: Mapping[str, Make]) -> list[str]:
         pattern = next((p for p in makers if re.fullmatch(p, name)), None)
         if pattern is None:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, makers[pattern](name, linear))
+        put(model, name, makers[pattern](name, linear))
         used.add(pattern)
         replaced.append(name)
     if unused := set(makers) - used:

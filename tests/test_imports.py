@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gemwright"
 
 ORDER = [
-    "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "weights", "hub",
-    "checkpoint", "model", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "parallel", "bundled", "loader",
-    "generate", "engine", "lm", "doctor_probes", "doctor", "data", "eval", "merge", "train", "serve", "cli", "__main__",
+    "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "tools", "weights",
+    "hub", "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "parallel", "bundled",
+    "loader", "generate", "engine", "lm", "bulk", "doctor_probes", "doctor", "data", "eval", "merge", "train", "serve",
+    "cli", "__main__",
 ]  # fmt: skip
 """Modules and folders of the package, each importing only from those before it; some are yet to come."""
 

@@ -74,6 +74,10 @@ class Sampling:
     """Draw from tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Number = None
     """Above 1, tokens that have occurred become less likely."""
+    frequency_penalty: Number = None
+    """Taken from a token's logit for each time it was written; -2..2."""
+    presence_penalty: Number = None
+    """Taken once from the logits of tokens that were written; -2..2."""
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help_behavior_hint="")] = ()
     """Text that ends the answer and is not printed; may be given several times."""
     seed: Count = None

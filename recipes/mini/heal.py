@@ -44,10 +44,11 @@ from gemwright.adopt import Llama, LlamaLayer, adopted_config, adopted_tensors, 
 from gemwright.bundled import base_path, delta_metadata
 from gemwright.config import ModelConfig
 from gemwright.gguf import Gguf
-from gemwright.lora import LoRALinear, add_lora
+from gemwright.lora import LoraConfig, LoRALinear, add_lora
 from gemwright.model import Gemma2
 from gemwright.ops.attention import PADDING, Attention
-from gemwright.ops.loss import kl_divergence
+from gemwright.ops.divergence import divergence
+from gemwright.ops.head import Head
 from gemwright.ops.norm import RMSNorm
 
 RANK = 26  # 10176 numbers a rank and layer: 15.1 MiB in bf16
@@ -222,6 +223,12 @@ def load_delta(model: Gemma2, delta: dict[str, Tensor]) -> None:
             parameters[name].copy_(value)
 
 
+def forward_kl(model: Gemma2, h_s: Tensor, llama: Llama, h_t: Tensor) -> Tensor:
+    """Sum over aligned tokens of KL(teacher || student); the teacher's head has no cap."""
+    student = Head(model.lm_head.weight, model.config.final_logit_softcapping)
+    return divergence("forward_kl", h_s, student, h_t, Head(llama.head, None))[0]
+
+
 @torch.no_grad()
 def evaluate(model: Gemma2, llama: Llama, examples: Iterator[Example], tokens: int) -> dict[str, float]:
     """Mean KL(teacher || student) and cross-entropies (nats a token) over about `tokens` aligned tokens."""
@@ -234,8 +241,7 @@ def evaluate(model: Gemma2, llama: Llama, examples: Iterator[Example], tokens: i
             model(student.tokens, student.pos, student.doc).flatten(0, 1)[student.at],
             t_hidden.flatten(0, 1)[teacher.at],
         )
-        head, cap = model.lm_head.weight, model.config.final_logit_softcapping
-        total["kl"] += float(kl_divergence(h_s, head, h_t, llama.head, cap=cap))
+        total["kl"] += float(forward_kl(model, h_s, llama, h_t))
         targets = student.tokens.flatten()[student.at + 1, None]
         log_q = model.logits(h_s).log_softmax(-1).gather(-1, targets)
         log_p = (h_t @ llama.head.T).log_softmax(-1).gather(-1, targets)
@@ -248,8 +254,11 @@ def evaluate(model: Gemma2, llama: Llama, examples: Iterator[Example], tokens: i
 
 
 def rate(progress: float, step: int) -> float:
-    """Warm-up over 10 steps, constant, linear decay over the last 40 % of the time."""
-    return min(1.0, (step + 1) / 10, max(0.0, 1 - progress) / 0.4)
+    """Warm-up over 10 steps, then a linear decay to 0 at the end of the time.
+
+    A long constant phase stalled at KL 0.44.
+    """
+    return min(1.0, (step + 1) / 10, max(0.0, 1 - progress))
 
 
 def losses(model: Gemma2, llama: Llama, inputs: Inputs, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
@@ -259,8 +268,7 @@ def losses(model: Gemma2, llama: Llama, inputs: Inputs, student: Rows, teacher: 
     assert isinstance(t_hidden, Tensor)
     h_s = model(student.tokens, student.pos, student.doc).flatten(0, 1)[student.at]
     h_t = t_hidden.flatten(0, 1)[teacher.at]
-    cap = model.config.final_logit_softcapping
-    kl = kl_divergence(h_s, model.lm_head.weight, h_t, llama.head, cap=cap) / len(student.at)
+    kl = forward_kl(model, h_s, llama, h_t) / len(student.at)
     wanted = [
         h for layer in layers if isinstance(layer, LlamaLayer) for h in (layer.attention_in, layer.feedforward_in)
     ]
@@ -354,10 +362,10 @@ def main() -> None:
     if args.command == "train":
         if args.out is None:
             sys.exit("train needs --out")
-        add_lora(model, RANK)
+        add_lora(model, LoraConfig(rank=RANK, alpha=RANK))
         train(args, model, llama, tokenizer)
     elif args.delta:
-        add_lora(model, RANK)
+        add_lora(model, LoraConfig(rank=RANK, alpha=RANK))
         load_delta(model, load_file(args.delta))
     for name, examples in heldout.items():
         print(name, json.dumps(evaluate(model, llama, examples(), args.tokens)), flush=True)

@@ -1,0 +1,186 @@
+"""gemwright serve: OpenAI's HTTP API and a chat page over one model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
+
+from gemwright.cli.options import Count, File, Flag, Loading, Model, Text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemwright.engine.engine import Engine
+    from gemwright.lm import LM
+    from gemwright.serve.settings import Settings
+
+LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+Texts = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help_behavior_hint="")]
+Whole = Annotated[int, arg(metavar="INT")]
+Seconds = Annotated[float, arg(metavar="SECONDS")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a model over OpenAI's HTTP API, with a chat page at /.
+
+    API keys come from --api-key-file or from the environment, GEMWRIGHT_API_KEYS (separated by commas); without keys
+    everybody who reaches the port is served. The first SIGTERM drains: new requests get 503, those in flight end; a
+    second one stops.
+
+    Exit code: 0 after a drain that answered everything, 1 if requests were cut off or the engine failed, 2 for input.
+
+    For example:
+
+      gemwright serve
+
+      gemwright serve google/gemma-2-9b-it --host 0.0.0.0 --api-key-file keys.txt
+
+      gemwright serve FOLDER --adapter poet=lora-folder --rows 64 --otlp http://localhost:4318/v1/traces
+    """
+
+    model: Model = None
+    """Folder or hub name."""
+    name: Text = None
+    """The model's name in the API; default: the folder's or the hub name."""
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of them."""
+    port: Whole = 8000
+    """Port; 0 takes a free one."""
+    adapter: Texts = ()
+    """NAME=FOLDER: serve a PEFT adapter under a model name of its own; may be given several times."""
+    rows: Whole = 32
+    """Samples in the batch at a time."""
+    budget: Whole = 512
+    """Tokens that go through the model in a step; more than --rows."""
+    cache_tokens: Count = None
+    """Positions that the key and value cache holds; default: a share of the free memory."""
+    api_key_file: File = None
+    """File with API keys, one a line."""
+    metrics_key: Flag = False
+    """/metrics needs a key, too."""
+    origin: Texts = ()
+    """Web origin whose pages may call the server (CORS), * for all; may be given several times."""
+    allowed_host: Texts = ()
+    """Host name to answer to; may be given several times; default: on loopback without keys its names, else any."""
+    max_requests: Whole = 256
+    """Samples accepted at a time, running and waiting; above it 429."""
+    max_waiting_tokens: Whole = 131_072
+    """Prompt tokens that may wait; above it 429."""
+    max_body: Whole = 4 * 2**20
+    """Bytes of a request's body; above it 413."""
+    drain_seconds: Seconds = 30.0
+    """Time for requests in flight after the first SIGTERM."""
+    certificate: File = None
+    """PEM file of a TLS certificate; with --private-key."""
+    private_key: File = None
+    """PEM file of its key."""
+    otlp: Text = None
+    """OTLP endpoint for traces, such as http://localhost:4318/v1/traces."""
+    json_logs: Flag = False
+    """Log as JSON, one object a line."""
+    loading: OmitArgPrefixes[Loading] = field(default_factory=Loading)
+
+
+def run(options: Options) -> int:
+    """Serve until a signal."""
+    try:
+        from gemwright.serve import logs, tracing
+        from gemwright.serve.app import create_app
+        from gemwright.serve.server import run as run_server
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gemwright"):
+            raise
+        raise ValueError(f"{error.name} is missing; pip install 'gemwright[serve]'") from error
+    if (options.certificate is None) != (options.private_key is None):
+        raise ValueError("--certificate and --private-key: both or neither")
+    settings = configure(options)
+    logs.configure(as_json=options.json_logs)
+    tracer, shutdown = (tracing.no_tracer, None) if options.otlp is None else tracing.otlp(options.otlp)
+    load = loader(options)
+    app = create_app(load, settings, tracer=tracer)
+    try:
+        return run_server(
+            app,
+            host=options.host,
+            port=options.port,
+            announce=lambda port: banner(options, settings, port),
+            certificate=options.certificate,
+            private_key=options.private_key,
+        )
+    finally:
+        if shutdown is not None:
+            shutdown()
+
+
+def configure(options: Options) -> Settings:
+    """The server's settings. Raises ValueError for what does not fit together."""
+    from gemwright.serve.settings import ENVIRONMENT, Settings, read_keys
+
+    keys = read_keys(options.api_key_file, os.environ.get(ENVIRONMENT))
+    local = options.host in ("127.0.0.1", "::1", "localhost")
+    return Settings(
+        name=options.name or served_name(options.model),
+        keys=keys,
+        metrics_key=options.metrics_key,
+        origins=options.origin,
+        hosts=tuple(name.lower() for name in options.allowed_host) or (LOOPBACK if local and not keys else ()),
+        max_requests=options.max_requests,
+        max_waiting_tokens=options.max_waiting_tokens,
+        max_body=options.max_body,
+        drain_seconds=options.drain_seconds,
+    )
+
+
+def served_name(model: str | None) -> str:
+    """A hub name as it is, a folder's last part, and what the bundled model is called."""
+    if model is None:
+        return "gemwright-mini"
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def loader(options: Options) -> Callable[[], tuple[LM, Engine]]:
+    """What loads the model and makes its engine; it runs once the server answers."""
+    adapters = dict(split_adapter(text) for text in options.adapter)
+
+    def load() -> tuple[LM, Engine]:
+        from gemwright.engine.engine import Engine
+
+        lm = options.loading.load(options.model)
+        engine = Engine(lm, rows=options.rows, budget=options.budget, cache_tokens=options.cache_tokens)
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
+        print(f"Ready: {lm.folder}, {lm.dtype}, on {lm.device}", file=sys.stderr)
+        return lm, engine
+
+    return load
+
+
+def split_adapter(text: str) -> tuple[str, str]:
+    """("poet", "folder") of "poet=folder"."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ValueError(f"--adapter: got {text!r}, allowed is NAME=FOLDER")
+    return name, folder
+
+
+def banner(options: Options, settings: Settings, port: int) -> None:
+    """Where the server listens and who may ask, to stderr."""
+    scheme = "http" if options.certificate is None else "https"
+    host = "localhost" if options.host in ("127.0.0.1", "::1") else options.host
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    keys = (
+        f"{len(settings.keys)} API keys" if settings.keys else "no API keys: everybody who reaches the port is served"
+    )
+    lines = (
+        f"Chat page: {url}/",
+        f"API: {url}/v1, model {settings.name!r}",
+        f"Access: {keys}",
+        "Loading the model ...",
+    )
+    print("\n".join(lines), file=sys.stderr, flush=True)

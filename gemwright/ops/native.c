@@ -1,0 +1,86 @@
+/* Kernels of a decode step on a CPU: linears, norms, rotary positions, gated GELU, each one call.
+
+   `threads` is the size of the team, taken from the OpenMP pool that torch runs already.
+   Legend: M rows of x, F rows of a weight, D columns, N heads, H head dim. */
+
+#include "native.h"
+
+#define DEPTH 1024 /* columns at a time: TILE rows of x stay in the first-level cache */
+#define PANEL 64   /* rows of the weight at a time: PANEL x DEPTH stay in the second-level cache */
+
+/* y [M, F] = x [M, D] w [F, D]^T. Few rows stream the weight once, many take it in panels that stay in the cache. */
+void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16, int threads)
+{
+    i64 width = padded(D), depth = M <= TILE ? width : DEPTH;
+    i64 panel = MIN(PANEL, MAX(4, F / (4 * threads) / 4 * 4)); /* four a thread or more, so that none waits long */
+    float *packed = aligned_alloc(64, MIN(M, BLOCK) * width * sizeof(float));
+#pragma omp parallel num_threads(M *F *D < SMALL ? 1 : threads)
+    for (i64 m0 = 0; m0 < M; m0 += BLOCK) {
+        int rows = MIN(BLOCK, M - m0);
+#pragma omp for schedule(static)
+        for (int m = 0; m < rows; m++) {
+            int start = m / TILE * TILE;
+            pack(at(x, (m0 + m) * D, bf16), D, bf16, MIN(TILE, rows - start), m - start, packed + start * width);
+        }
+#pragma omp for schedule(dynamic)
+        for (i64 f0 = 0; f0 < F; f0 += panel) {
+            int columns = MIN(panel, F - f0);
+            float sums[BLOCK][PANEL];
+            memset(sums, 0, rows * sizeof sums[0]);
+            for (i64 d = 0; d < D; d += depth)
+                for (int m = 0; m < rows; m += TILE) {
+                    int R = MIN(TILE, rows - m);
+                    const void *part = at(w, f0 * D + d, bf16);
+                    multiply(bf16, R, packed + m * width + d * R, part, D, columns, MIN(depth, D - d),
+                             at(part, 4 * D, bf16), sums[m], PANEL);
+                }
+            for (int m = 0; m < rows; m++)
+                for (int f = 0; f < columns; f++) put(y, (m0 + m) * F + f0 + f, bf16, sums[m][f]);
+        }
+    }
+    free(packed);
+}
+
+/* y = residual + x / sqrt(mean(x^2) + eps) * (1 + weight) over rows of D; residual may be null. */
+void norm(const void *x, const void *weight, const void *residual, void *y, i64 M, i64 D, float eps, int bf16,
+          int threads)
+{
+#pragma omp parallel for num_threads(M *D < SMALL ? 1 : threads)
+    for (i64 m = 0; m < M; m++) {
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (i64 i = m * D; i < (m + 1) * D; i++) squares += get(x, i, bf16) * get(x, i, bf16);
+        float scale = 1 / sqrtf(squares / D + eps);
+#pragma omp simd
+        for (i64 i = 0; i < D; i++) {
+            float rest = residual ? get(residual, m * D + i, bf16) : 0;
+            put(y, m * D + i, bf16, rest + get(x, m * D + i, bf16) * scale * (1 + get(weight, i, bf16)));
+        }
+    }
+}
+
+/* Rows of N heads turned by their positions' angles: dimension i with dimension i + H / 2; cosines and sines [M, H]. */
+void rotate(const void *x, const float *cosines, const float *sines, void *y, i64 M, i64 N, i64 H, int bf16,
+            int threads)
+{
+#pragma omp parallel for num_threads(M *N *H < SMALL ? 1 : threads)
+    for (i64 m = 0; m < M; m++)
+        for (i64 head = m * N; head < (m + 1) * N; head++)
+#pragma omp simd
+            for (i64 i = 0; i < H / 2; i++) {
+                i64 left = head * H + i, right = left + H / 2, l = m * H + i, r = l + H / 2;
+                float a = get(x, left, bf16), b = get(x, right, bf16);
+                put(y, left, bf16, a * cosines[l] - b * sines[l]);
+                put(y, right, bf16, b * cosines[r] + a * sines[r]);
+            }
+}
+
+/* y = gelu(gate) * up, with the tanh form of GELU. */
+void gated_gelu(const void *gate, const void *up, void *y, i64 count, int bf16, int threads)
+{
+#pragma omp parallel for simd num_threads(count < SMALL ? 1 : threads)
+    for (i64 i = 0; i < count; i++) {
+        float g = get(gate, i, bf16), inner = 0.7978845608f * (g + 0.044715f * g * g * g);
+        put(y, i, bf16, 0.5f * g * (1 + hyperbolic_tangent(inner)) * get(up, i, bf16));
+    }
+}

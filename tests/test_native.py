@@ -1,0 +1,311 @@
+"""The native kernels against plain fp64, at sizes that fit no vector, tile, panel or block, and how they are built."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemwright.ops import native, rope
+from gemwright.ops.attention import EMPTY, Visibility, reference
+from gemwright.ops.norm import RMSNorm
+
+DTYPES = (torch.float32, torch.bfloat16)
+PAGE = 32
+needs_library = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+
+
+def relative(x: Tensor, truth: Tensor) -> float:
+    return float((x.double() - truth.double()).norm() / truth.double().norm())
+
+
+def no_worse(ours: Tensor, naive: Tensor, truth: Tensor) -> None:
+    """Our error is at most that of the naive computation in the same dtype, but for fp32's own rounding."""
+    assert ours.dtype == naive.dtype
+    assert ours.shape == truth.shape
+    assert relative(ours, truth) <= relative(naive, truth) + 1e-6
+
+
+# ---- linears ----
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 63, 70])
+@pytest.mark.parametrize(("D", "out"), [(7, 13), (1, 1), (64, 201), (2100, 9)])
+def test_linear(dtype: torch.dtype, rows: int, D: int, out: int) -> None:
+    """Odd rows, tails of vectors, several panels, and more columns than one depth of the blocking."""
+    x, w = torch.randn(rows, D).to(dtype), torch.randn(out, D).to(dtype)
+    no_worse(native.linear(x, w), F.linear(x, w), x.double() @ w.double().T)
+
+
+@needs_library
+def test_linear_keeps_leading_dimensions_and_takes_any_layout_of_x() -> None:
+    x, w = torch.randn(5, 2, 3).bfloat16(), torch.randn(11, 5).bfloat16()
+    turned = x.permute(1, 2, 0)
+    assert torch.equal(native.linear(turned, w), native.linear(turned.reshape(6, 5), w).view(2, 3, 11))
+
+
+@needs_library
+def test_linear_reads_no_element_past_a_row() -> None:
+    """The weight is the last thing in its storage, and its neighbours are NaN."""
+    around = torch.full((3, 7), torch.nan).bfloat16()
+    around[1] = 1.0
+    assert native.linear(torch.ones(1, 7).bfloat16(), around[1:2]).item() == 7
+
+
+@needs_library
+def test_linear_with_several_threads_is_bitwise_that_with_one() -> None:
+    x, w = torch.randn(9, 300).bfloat16(), torch.randn(1000, 300).bfloat16()
+    want = native.linear(x, w)
+    torch.set_num_threads(3)
+    assert torch.equal(native.linear(x, w), want)
+
+
+@needs_library
+def test_linear_rounds_to_nearest_even_and_keeps_what_is_not_finite() -> None:
+    w = torch.eye(1).bfloat16()
+    up, down = torch.tensor([[1 + 2**-7, 2**-8]]).bfloat16(), torch.tensor([[1.0, 2**-8]]).bfloat16()
+    ones = torch.ones(1, 2).bfloat16()
+    assert native.linear(up, ones).item() == 1 + 2**-6  # halfway: to the even one above
+    assert native.linear(down, ones).item() == 1  # halfway: to the even one below
+    assert native.linear(torch.full((1, 1), torch.inf).bfloat16(), w).item() == torch.inf
+    assert native.linear(torch.full((1, 1), torch.nan).bfloat16(), w).isnan()
+
+
+@needs_library
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    x, w = torch.ones(1, 8), torch.ones(4, 8)
+    for bad_x, bad_w in ((x[:, :7], w), (x.bfloat16(), w), (x.double(), w.double()), (x, torch.ones(8, 4).T)):
+        with pytest.raises(AssertionError):
+            native.linear(bad_x, bad_w)
+
+
+# ---- attention ----
+
+
+class Paged:
+    """Rows of keys and values scattered over a store; what no row has written is NaN."""
+
+    def __init__(self, lengths: list[int], *, K: int, H: int, dtype: torch.dtype, first: list[int] | None = None):
+        self.lengths, B, S = lengths, len(lengths), max(lengths)
+        self.k_BSKH, self.v_BSKH = (torch.randn(B, S, K, H).to(dtype) for _ in "kv")
+        self.first = torch.tensor(first or [0] * B, dtype=torch.int32)
+        width = max(-(-n // PAGE) - int(f) for n, f in zip(lengths, self.first, strict=True)) + 1
+        pages = B * width + 1
+        ids = torch.randperm(pages)[: B * width].view(B, width)
+        self.table = torch.full((B, width), 10**6, dtype=torch.int32)  # what is not used names no page
+        self.k, self.v = (torch.full((pages, K, PAGE, H), torch.nan).to(dtype) for _ in "kv")
+        for b, n in enumerate(lengths):
+            for p in range(int(self.first[b]) * PAGE, n):
+                place = p // PAGE - int(self.first[b])
+                self.table[b, place] = ids[b, place]
+                self.k[ids[b, place], :, p % PAGE] = self.k_BSKH[b, p]
+                self.v[ids[b, place], :, p % PAGE] = self.v_BSKH[b, p]
+
+    def native(self, q_BTNH: Tensor, q_pos: Tensor, *, window: int | None, scale: float, cap: float | None) -> Tensor:
+        return native.paged_attention(
+            q_BTNH, self.k, self.v, self.table, self.first, q_pos.int(), window=window, scale=scale, cap=cap
+        )
+
+    def plain(
+        self, q_BTNH: Tensor, q_pos: Tensor, dtype: torch.dtype, *, window: int | None, scale: float, cap: float | None
+    ) -> Tensor:
+        """The definition, on the keys as they were before they were scattered."""
+        k_pos = torch.arange(max(self.lengths)).expand(len(self.lengths), -1).clone()
+        for b, n in enumerate(self.lengths):
+            k_pos[b, n:] = EMPTY
+        see = Visibility(q_pos, k_pos, window=window)
+        k, v = self.k_BSKH.to(dtype), self.v_BSKH.to(dtype)
+        return reference(q_BTNH.to(dtype), k, v, see, scale=scale, cap=cap)
+
+
+def last_positions(lengths: list[int], T: int) -> Tensor:
+    """The last T positions of each row."""
+    return torch.stack([torch.arange(n - T, n) for n in lengths])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 64, 100])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize(("T", "N", "K", "H"), [(1, 4, 2, 64), (3, 9, 3, 16), (17, 6, 1, 23), (70, 2, 2, 8)])
+def test_paged_attention(
+    dtype: torch.dtype, window: int | None, cap: float | None, T: int, N: int, K: int, H: int
+) -> None:
+    """Ragged rows, windows inside and across pages, scores far past the cap, groups and heads of odd size."""
+    lengths = [T, 33 + T, 200, 64 + T]
+    lengths = [max(n, T) for n in lengths]
+    paged = Paged(lengths, K=K, H=H, dtype=dtype)
+    q_BTNH, q_pos = 3 * torch.randn(4, T, N, H).to(dtype), last_positions(lengths, T)
+    how = dict(window=window, scale=H**-0.5, cap=cap)
+    truth = paged.plain(q_BTNH, q_pos, torch.float32, **how)  # type: ignore[arg-type]
+    no_worse(paged.native(q_BTNH, q_pos, **how), truth.to(dtype), truth)  # type: ignore[arg-type]
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 4])
+def test_long_rows_are_split_and_merged(threads: int) -> None:
+    """With more threads than heads the pages of a row are several jobs; one key far ahead of the rest outweighs all."""
+    torch.set_num_threads(threads)
+    lengths = [3000, 40]
+    paged = Paged(lengths, K=1, H=8, dtype=torch.float32)
+    page, offset = paged.table[0, 1000 // PAGE], 1000 % PAGE
+    paged.k[page, :, offset] = paged.k_BSKH[0, 1000] = 30.0
+    q_BTNH, q_pos = torch.rand(2, 2, 3, 8), last_positions(lengths, 2)
+    for window in (None, 2500):
+        got = paged.native(q_BTNH, q_pos, window=window, scale=0.3, cap=None)
+        want = paged.plain(q_BTNH, q_pos, torch.float32, window=window, scale=0.3, cap=None)
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+
+
+@needs_library
+def test_tables_may_begin_late_and_hold_padding() -> None:
+    """A local table begins where the window does; padded queries yield 0, alone in a row, between and after others."""
+    lengths = [150, 7, 90]
+    paged = Paged(lengths, K=2, H=16, dtype=torch.float32, first=[3, 0, 1])
+    q_pos = torch.tensor([[148, 149, -1], [-1, -1, -1], [88, -1, 89]])
+    q_BTNH = torch.randn(3, 3, 4, 16)
+    got = paged.native(q_BTNH, q_pos, window=40, scale=0.25, cap=5.0)
+    want = paged.plain(q_BTNH, q_pos, torch.float32, window=40, scale=0.25, cap=5.0)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+    assert got[1].eq(0).all()
+    assert got[0, 2].eq(0).all()
+    assert got[2, 1].eq(0).all()
+    assert got[2, 2].ne(0).all()
+
+
+@needs_library
+@pytest.mark.parametrize("page", [-1, 10**6])
+def test_a_visible_page_must_be_in_the_store(page: int) -> None:
+    paged = Paged([40], K=1, H=8, dtype=torch.float32)
+    paged.table[0, 0] = page
+    q_BTNH = torch.randn(1, 1, 1, 8)
+    with pytest.raises(AssertionError, match="names a page that is not among the 4"):
+        paged.native(q_BTNH, torch.tensor([[39]]), window=None, scale=1.0, cap=None)
+    assert paged.native(q_BTNH, torch.tensor([[39]]), window=8, scale=1.0, cap=None).isfinite().all()  # not read
+
+
+@needs_library
+def test_a_nan_key_is_not_hidden() -> None:
+    paged = Paged([40], K=1, H=8, dtype=torch.float32)
+    paged.k[paged.table[0, 0], 0, 3] = torch.nan
+    q_BTNH = torch.randn(1, 1, 1, 8)
+    for cap in (None, 2.0):
+        assert paged.native(q_BTNH, torch.tensor([[39]]), window=None, scale=1.0, cap=cap).isnan().all()
+
+
+@needs_library
+@pytest.mark.parametrize("cap", [None, 50.0, 1.0, 1e4])
+def test_every_weight_is_exact(cap: float | None) -> None:
+    """Values are one-hot, so the output is the weights. A cap of 1e4 asks for tanh near 0, a cap of 1 far from it."""
+    scores = -torch.arange(PAGE, dtype=torch.float32) / 16
+    k, v = scores.view(1, 1, PAGE, 1).expand(1, 1, PAGE, PAGE) / PAGE, torch.eye(PAGE).view(1, 1, PAGE, PAGE)
+    zero = torch.zeros(1, 1, dtype=torch.int32)
+    got = native.paged_attention(
+        torch.ones(1, 1, 1, PAGE), k.contiguous(), v, zero, zero[0], zero + PAGE - 1, window=None, scale=1.0, cap=cap
+    )
+    capped = scores.double() if cap is None else cap * torch.tanh(scores.double() / cap)
+    torch.testing.assert_close(got.flatten().double(), capped.softmax(0), atol=0, rtol=3e-7)
+
+
+# ---- what lies between ----
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(dtype: torch.dtype) -> None:
+    for size in (7, 64, 2304):
+        plain = RMSNorm(size, 1e-6).to(dtype).requires_grad_(False)
+        plain.weight.copy_(torch.randn(size))
+        weight = plain.weight.data
+        x, residual = torch.randn(2, 3, size).to(dtype), torch.randn(2, 3, size).to(dtype)
+        x[0, 0] *= 1e-4  # where eps counts
+        x64 = x.double()
+        truth = x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight.double())
+        no_worse(native.norm(x, weight, 1e-6), plain(x), truth)
+        no_worse(native.norm(x, weight, 1e-6, residual), residual + plain(x), residual.double() + truth)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [2, 6, 64])
+def test_rotate(dtype: torch.dtype, H: int) -> None:
+    pos = torch.tensor([[0, 1, 5000], [-1, 7, 100]])
+    x, tables = torch.randn(2, 3, 5, H).to(dtype), rope.rope_tables(pos, H, 10000.0)
+    truth = rope.rotate(x.double(), (tables[0].double(), tables[1].double()))
+    no_worse(native.rotate(x, tables), rope.rotate(x, tables), truth)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_gelu(dtype: torch.dtype) -> None:
+    gate = torch.cat((torch.linspace(-4, 4, 1001), torch.tensor([0.0, 1e-6, -1e-6]))).to(dtype)
+    up = torch.randn(len(gate)).to(dtype)
+    truth = F.gelu(gate.double(), approximate="tanh") * up.double()
+    no_worse(native.gated_gelu(gate, up), F.gelu(gate, approximate="tanh") * up, truth)
+    far = torch.tensor([1e4, -1e4, torch.nan])
+    torch.testing.assert_close(native.gated_gelu(far, torch.ones(3)), torch.tensor([1e4, 0.0, torch.nan]), equal_nan=True)
+
+
+# ---- the build ----
+
+
+def test_without_a_compiler_there_is_no_library_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    (line,) = caplog.messages
+    assert line == "native kernels are not used, torch computes instead: no C compiler (gcc or cc) is in PATH"
+
+
+@needs_library
+def test_a_compiler_that_fails_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "FLAGS", ("-mno-such-flag",))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    assert "-mno-such-flag" in caplog.text
+    assert not list((tmp_path / "gemwright").iterdir())  # nothing half made is left
+
+
+@needs_library
+def test_a_cache_folder_that_cannot_be_made_is_no_crash(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    assert "Not a directory" in caplog.text
+
+
+@needs_library
+def test_two_builds_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "FLAGS", ("-O0", "-fopenmp", "-fPIC"))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(native.build, [tmp_path, tmp_path])
+    assert first == second
+    assert list(tmp_path.iterdir()) == [first]
+    before = first.stat().st_mtime_ns
+    assert native.build(tmp_path).stat().st_mtime_ns == before  # not compiled again
+    monkeypatch.setattr(native, "_processor", lambda: "another one")
+    assert native.build(tmp_path) != first
+
+
+@needs_library
+def test_no_second_openmp_runtime_is_loaded() -> None:
+    native.library()
+    maps = Path(f"/proc/{os.getpid()}/maps").read_text()
+    assert len(set(re.findall(r"/.*/lib(?:gomp|iomp5|omp)\b.*", maps))) == 1

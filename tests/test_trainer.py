@@ -1,0 +1,474 @@
+"""The training loop: its numbers against a plain torch loop, and that nothing is lost when a run is cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import oracle
+import pytest
+import torch
+import train_fixtures as fixtures
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from train_fixtures import LENGTH, documents, model, options, run, start, together, trainer
+
+from gemwright.adapter import LoraConfig
+from gemwright.checkpoint import Checkpoint
+from gemwright.data.batch import Batch
+from gemwright.data.loader import Batching, Loader
+from gemwright.model import Gemma2
+from gemwright.train.distributed import World
+from gemwright.train.optimizer import SCHEDULES, AdamW, Schedule
+from gemwright.train.options import FREE, PRETRAIN_FREE, SFT_FREE, PretrainConfig, Scheduler, SftConfig
+from gemwright.train.progress import LOG, records
+from gemwright.train.sft import loss
+from gemwright.train.speed import Work
+from gemwright.train.state import STATE
+from gemwright.train.trainer import Diverged
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint(out)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def same_bits(one: Path, other: Path) -> None:
+    """Everything that a later step hangs on is equal: weights, masters, moments, random states, the place in the data."""
+    files = [path.relative_to(one) for path in (*one.glob("state/*.safetensors"), *one.glob("*.safetensors"))]
+    assert len(files) >= 3, files
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), file
+    records = [json.loads((folder / STATE).read_text()) for folder in (one, other)]
+    for key in ("step", "updates", "data", "window", "tokens", "refused", "best", "evaluated"):
+        assert records[0][key] == records[1][key], key
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in records(out / LOG) if "loss" in line]
+
+
+def test_the_loss_curve_is_that_of_a_plain_loop_over_the_oracle(tmp_path: Path) -> None:
+    """Full fine-tuning, fp32: transformers' model in eager mode, torch's AdamW, clipping and cosine schedule by hand.
+
+    One document a row, so that the oracle needs no document mask. Gradients are clipped throughout (norms of 2 to 9).
+    """
+    config = options(tmp_path / "run", gradient_accumulation_steps=2, logging_steps=1, save_steps=100)
+    assert run(config, packing=False) == "done"
+    theirs = oracle.oracle(oracle.debug(), fixtures.weights(oracle.debug())).requires_grad_(True).train()
+    decayed = [p for p in theirs.parameters() if p.ndim > 1]
+    gains = [p for p in theirs.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, eps=1e-4)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 6)
+    batching = Batching(length=LENGTH, rows=2, accumulation=2, seed=3, packing=False)
+    loader = Loader(documents(), batching, epochs=None)
+    expected, norms = [], []
+    for _ in range(6):
+        batches = [next(loader) for _ in range(2)]
+        count = sum(batch.weights_BT.sum() for batch in batches)
+        total = sum(plain_loss(theirs, batch) for batch in batches) / count
+        total.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        expected.append(float(total.detach()))
+    torch.testing.assert_close(losses(tmp_path / "run"), expected, rtol=0, atol=1e-4)
+    logged = [line["grad_norm"] for line in records(tmp_path / "run" / LOG) if "loss" in line]
+    torch.testing.assert_close(logged, norms, rtol=1e-4, atol=0)
+    assert expected[0] - expected[-1] > 0.5  # it learns, so the curve tells one optimizer from another
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, theirs.get_parameter(name).data, rtol=0, atol=2e-4)
+
+
+def plain_loss(theirs: Any, batch: Batch) -> Tensor:
+    """Sum over targets of the cross-entropy, from whole logits; padding at the end is seen by nobody before it."""
+    logits_BTV = theirs(batch.tokens_BT, use_cache=False).logits
+    losses_BT = F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten(), reduction="none")
+    return (losses_BT * batch.weights_BT.flatten()).sum()
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
+    """Divided by the global count, not by each batch's own: batches here differ in their number of targets."""
+    run(options(tmp_path / "one", per_device_train_batch_size=4, logging_steps=1))
+    run(options(tmp_path / "four", per_device_train_batch_size=1, gradient_accumulation_steps=4, logging_steps=1))
+    torch.testing.assert_close(losses(tmp_path / "four"), losses(tmp_path / "one"), rtol=1e-6, atol=1e-5)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "four")[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.2)], ids=["full", "lora with dropout"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: LoraConfig | None) -> None:
+    """Bit for bit: weights, masters, moments, random states, and the log; stopped where nothing was logged yet."""
+    changes = {"logging_steps": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
+    run(options(tmp_path / "whole", **changes), lora=lora, evaluate=True)
+    stopping = options(tmp_path / "parts", **changes)
+    with World.join("cpu") as world:
+        part = trainer(stopping, world, lora=lora, evaluate=True)
+        step = part._step
+
+        def stop_at_3(*arguments: Any) -> bool:
+            if part.done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments)
+
+        part._step = stop_at_3  # type: ignore[method-assign]
+        assert part.train() == "terminated"
+    assert not (tmp_path / "parts" / "config.json").exists()  # only a finished run delivers
+    torch.manual_seed(99)  # whatever the process did before, it does not matter
+    assert run(options(tmp_path / "parts", resume=True, **changes), lora=lora, evaluate=True) == "done"
+    same_bits(tmp_path / "parts" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+    timings = ("seconds", "tokens_per_second", "mfu", "memory")
+    logs = [
+        [{k: v for k, v in line.items() if k not in timings} for line in records(tmp_path / name / LOG)]
+        for name in ("parts", "whole")
+    ]
+    # the stopped run also logged its last step, 3; the mean over 2 to 4 is then told in two lines
+    assert [line for line in logs[0] if line["step"] not in (3, 4)] == [
+        line for line in logs[1] if line["step"] not in (3, 4)
+    ]
+
+
+def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
+    """Killed again and again, in the middle of steps and of saves, and resumed: the same bits at the end."""
+    draw = random.Random(0)
+    run(options(tmp_path / "whole", save_steps=1, save_total_limit=2, max_steps=12), evaluate=True)
+    killed, reached = 0, []
+    while not (tmp_path / "killed" / "config.json").exists():
+        config = options(tmp_path / "killed", save_steps=1, save_total_limit=2, max_steps=12, resume=True)
+        process = start(run_evaluated, config)
+        begun = time.monotonic()
+        logged = len(records(tmp_path / "killed" / LOG))
+        while process.is_alive() and len(records(tmp_path / "killed" / LOG)) == logged:
+            time.sleep(0.002)
+            assert time.monotonic() - begun < 60
+        process.join(draw.random() * 0.15)  # somewhere after its first record: in a step, in a save, in an evaluation
+        if process.is_alive():
+            process.kill()
+            killed += 1
+        process.join()
+        reached.append(max((int(p.name[11:]) for p in (tmp_path / "killed").glob("checkpoint-*")), default=0))
+        assert len(reached) < 40, reached
+    assert killed >= 2, reached
+    same_bits(tmp_path / "killed" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+    assert not list((tmp_path / "killed").glob(".*checkpoint-*"))
+
+
+def run_evaluated(config: Any) -> None:
+    run(config, evaluate=True)
+
+
+def test_two_ranks_agree_with_one_and_resume_each_other(tmp_path: Path) -> None:
+    """FSDP2 over gloo, fp32, within 1e-5 of one process; a state of 2 ranks resumes on 1, and one of 1 on 2.
+
+    Odd sizes: 5 layers' norms of 48 and a LoRA rank of 3 do not divide evenly by 2.
+    """
+    lora = LoraConfig(rank=3, dropout=0.0)
+    one = {"gradient_accumulation_steps": 2, "logging_steps": 1}
+    two = {"gradient_accumulation_steps": 1, "logging_steps": 1, "zero_stage": 3}
+    short = {"max_steps": 6, "save_steps": 3}
+    run(options(tmp_path / "one", **one, **short), evaluate=True)
+    run(options(tmp_path / "one-lora", **one, **short), lora=lora)
+    for source, target in (("one", "one-to-two"), ("one-lora", "one-to-two-lora")):
+        begin_from(tmp_path / source, tmp_path / target, 3)
+    jobs: list[tuple[Any, dict[str, Any]]] = [
+        (options(tmp_path / "two", **two, **short), {"evaluate": True}),
+        (options(tmp_path / "two-offload", **two, **short, cpu_offload=True), {}),
+        (options(tmp_path / "two-lora", **two, **short), {"lora": lora}),
+        (options(tmp_path / "one-to-two", **two, **short, resume=True), {"evaluate": True}),
+        (options(tmp_path / "one-to-two-lora", **two, **short, resume=True), {"lora": lora}),
+    ]
+    together(fixtures.run_all, jobs)
+    begin_from(tmp_path / "two", tmp_path / "two-to-one", 3)
+    run(options(tmp_path / "two-to-one", **one, **short, resume=True), evaluate=True)
+    expected = losses(tmp_path / "one")
+    for name in ("two", "two-offload", "one-to-two", "two-to-one"):
+        torch.testing.assert_close(losses(tmp_path / name), expected, rtol=1e-5, atol=1e-5)
+        for tensor, theirs in zip(weights(tmp_path / name).values(), weights(tmp_path / "one").values(), strict=True):
+            torch.testing.assert_close(tensor, theirs, rtol=0, atol=1e-5)
+    for name in ("two-lora", "one-to-two-lora"):
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "one-lora"), rtol=1e-5, atol=1e-5)
+    evaluations = [
+        [line["eval_loss"] for line in records(tmp_path / name / LOG) if "eval_loss" in line] for name in ("one", "two")
+    ]
+    torch.testing.assert_close(*evaluations, rtol=1e-5, atol=1e-5)
+    assert len(list((tmp_path / "two" / "checkpoint-3" / "state").iterdir())) == 2  # a file a rank
+
+
+def begin_from(source: Path, target: Path, step: int) -> None:
+    """A folder with one checkpoint of another run, and its log."""
+    import shutil
+
+    target.mkdir()
+    shutil.copytree(source / f"checkpoint-{step}", target / f"checkpoint-{step}")
+    shutil.copyfile(source / LOG, target / LOG)
+
+
+def test_a_single_process_may_offload(tmp_path: Path) -> None:
+    """FSDP2 over one rank with everything in main memory: the same numbers."""
+    run(options(tmp_path / "plain"))
+    run(options(tmp_path / "offload", cpu_offload=True))
+    torch.testing.assert_close(losses(tmp_path / "offload"), losses(tmp_path / "plain"), rtol=1e-5, atol=1e-5)
+
+
+class Poisoned:
+    """The loss, but NaN or an infinite gradient in some of its calls."""
+
+    def __init__(self, bad: set[int], value: float) -> None:
+        self.bad, self.value, self.calls = bad, value, 0
+
+    def __call__(self, model: Gemma2, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        total, count, metrics = loss(model, batch)
+        self.calls += 1
+        return total * self.value if self.calls in self.bad else total, count, metrics
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_refused_and_reported(tmp_path: Path, value: float) -> None:
+    """The second update of three is bad: the parameters after it are those after the first."""
+    made = model()
+    seen: list[dict[str, Tensor]] = []
+    with World.join("cpu") as world:
+        made_trainer = trainer(
+            options(tmp_path / "run", max_steps=3, warmup_steps=0), world, made=made, algorithm=Poisoned({2}, value)
+        )
+        apply = made_trainer._apply
+
+        def watched(*arguments: Any) -> None:
+            apply(*arguments)
+            seen.append({name: p.detach().clone() for name, p in made.named_parameters()})
+
+        made_trainer._apply = watched  # type: ignore[method-assign]
+        assert made_trainer.train() == "done"
+    assert all(torch.equal(seen[1][name], seen[0][name]) for name in seen[0])
+    assert any(not torch.equal(seen[2][name], seen[1][name]) for name in seen[0])
+    assert all(tensor.isfinite().all() for tensor in seen[2].values())
+    refused = [line for line in records(tmp_path / "run" / LOG) if "refused" in line]
+    assert [line["step"] for line in refused] == [2]
+    assert str(value) in refused[0]["refused"]
+
+
+def test_many_refused_updates_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step 4: 3 updates in a row were refused \(max_refused is 3\)"):
+        run(options(tmp_path / "run", max_refused=3), algorithm=Poisoned({2, 3, 4}, math.nan))
+    run(options(tmp_path / "other", max_refused=3), algorithm=Poisoned({2, 3, 5, 6}, math.nan))  # never 3 in a row
+
+
+def test_the_full_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
+    run(options(tmp_path / "run", max_steps=2))
+    theirs: Any = transformers.Gemma2ForCausalLM.from_pretrained(
+        tmp_path / "run" / "checkpoint-2", attn_implementation="eager"
+    )
+    ours = model()
+    ours.load_state_dict(
+        {**weights(tmp_path / "run"), "lm_head.weight": weights(tmp_path / "run")["model.embed_tokens.weight"]}
+    )
+    tokens_BT = oracle.tokens(oracle.debug(), 2, 12)
+    with torch.no_grad():
+        assert oracle.distance(oracle.forward(ours, tokens_BT), oracle.oracle_logits(theirs, tokens_BT)) < 1e-4
+    assert "lm_head.weight" not in weights(tmp_path / "run")  # still tied
+
+
+def test_bf16_parameters_are_roundings_of_fp32_masters(tmp_path: Path) -> None:
+    """Steps far below bf16's resolution add up in the master and reach the parameter; accumulation sums in fp32."""
+    parameter = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = AdamW([("w", parameter)])
+    reference = torch.nn.Parameter(torch.ones(4, 4))
+    plain = torch.optim.AdamW([reference], lr=1e-3, weight_decay=0.0)
+    for _ in range(6):
+        for part in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
+            (parameter * part).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.collect()
+        reference.grad = torch.full((4, 4), 258.0)
+        torch.testing.assert_close(optimizer.squares(), reference.grad.square().sum())
+        optimizer.update(1e-3, 1.0)
+        plain.step()
+    assert torch.equal(optimizer.slots[0].master, reference.data)
+    assert torch.equal(parameter.data, reference.data.bfloat16())
+    assert float(parameter.data[0, 0]) < 1.0
+    assert parameter.grad is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
+def test_low_precision_follows_fp32(tmp_path: Path, dtype: str) -> None:
+    run(options(tmp_path / "fp32", logging_steps=1, max_steps=4))
+    run(options(tmp_path / "low", logging_steps=1, max_steps=4, dtype=dtype))
+    torch.testing.assert_close(losses(tmp_path / "low"), losses(tmp_path / "fp32"), rtol=0.02, atol=0)
+    assert losses(tmp_path / "low") != losses(tmp_path / "fp32")
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}], ids=str)
+def test_recomputed_blocks_give_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """With dropout, whose draws must be repeated."""
+    lora = LoraConfig(rank=4, dropout=0.3)
+    run(options(tmp_path / "kept"), lora=lora)
+    run(options(tmp_path / "again", **changes), lora=lora)
+    same_bits(tmp_path / "kept" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_follow_eager_ones(tmp_path: Path) -> None:
+    """With recomputation too; blocks share one compiled code, however many layers there are."""
+    from torch._dynamo.utils import counters
+
+    config = oracle.debug(num_hidden_layers=10)
+    run(options(tmp_path / "eager", logging_steps=1), made=model(config=config))
+    counters.clear()
+    run(options(tmp_path / "compiled", logging_steps=1, compile="on"), made=model(config=config))
+    assert not counters["recompiles"], counters["recompiles"]
+    both = {"compile": "on", "gradient_checkpointing": True}
+    run(options(tmp_path / "both", logging_steps=1, **both), made=model(config=config))
+    for name in ("compiled", "both"):
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-4, atol=1e-4)
+
+
+def test_schedules_have_the_values_of_transformers_and_of_the_papers() -> None:
+    assert set(SCHEDULES) == set(get_args(Scheduler))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    for kind, make in {
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, 3, 20),
+        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(optimizer, 3, 20),
+        "constant_with_warmup": lambda: transformers.get_constant_schedule_with_warmup(optimizer, 3),
+    }.items():
+        theirs = make()
+        ours = Schedule(kind, 2.0, 20, warmup=3)
+        for update in range(20):
+            assert ours.rate(update) == pytest.approx(2.0 * theirs.lr_lambdas[0](update)), (kind, update)
+    wsd = Schedule("wsd", 1.0, 12, warmup=2, floor=0.1, decay=0.5)
+    expected = [0, 0.5, 1, 1, 1, 1, 1, 1, 0.82, 0.64, 0.46, 0.28]
+    assert [wsd.rate(update) for update in range(12)] == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"warmup_steps: got 30, allowed are 0 to 20"):
+        Schedule("linear", 1.0, 20, warmup=30)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    run(options(tmp_path / "run", max_steps=2))
+    with pytest.raises(FileExistsError, match=r"has checkpoints \(the last of step 2\); --resume"):
+        run(options(tmp_path / "run", max_steps=2))
+    with pytest.raises(ValueError, match=r"learning_rate: was 0.003, is 0.5; weight_decay: was 0.1, is 0.2") as caught:
+        run(options(tmp_path / "run", max_steps=2, resume=True, learning_rate=0.5, weight_decay=0.2))
+    assert "these may change" in str(caught.value) and "logging_steps" in str(caught.value)
+    with pytest.raises(ValueError, match=r"rows of an update: was 2, is 6"):
+        run(
+            options(
+                tmp_path / "run", max_steps=2, resume=True, per_device_train_batch_size=3, gradient_accumulation_steps=2
+            )
+        )
+    run(options(tmp_path / "run", max_steps=2, resume=True, logging_steps=1, save_steps=7))  # free ones: nothing to do
+    run(options(tmp_path / "run", max_steps=1, overwrite_output_dir=True, learning_rate=0.5))
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_free_options_exist() -> None:
+    import dataclasses
+
+    sft, pretrain = ({field.name for field in dataclasses.fields(cls)} for cls in (SftConfig, PretrainConfig))
+    assert set(FREE) | set(SFT_FREE) <= sft
+    assert set(FREE) | set(PRETRAIN_FREE) <= pretrain
+
+
+def test_last_and_best_checkpoints_stay(tmp_path: Path) -> None:
+    """The evaluation is made to be best at step 4 of 10; it stays beside the last two, and is delivered."""
+    config = options(tmp_path / "run", max_steps=10, save_total_limit=2, load_best_model_at_end=True)
+    with World.join("cpu") as world:
+        made = trainer(config, world, evaluate=True)
+        evaluate = made._evaluate
+
+        def staged(progress: Any) -> None:
+            evaluate(progress)
+            made.evaluated = {"step": made.done, "loss": abs(made.done - 4) + 1.0}
+
+        made._evaluate = staged  # type: ignore[method-assign]
+        made.train()
+    kept = sorted(int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == [4, 8, 10]
+    best = weights(tmp_path / "run" / "checkpoint-4")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_evaluation_is_the_mean_over_all_targets_and_draws_nothing(tmp_path: Path) -> None:
+    config = options(tmp_path / "run", max_steps=2, learning_rate=0.0, weight_decay=0.0)
+    run(config, evaluate=True, lora=LoraConfig(rank=2, dropout=0.5))
+    logged = [line for line in records(tmp_path / "run" / LOG) if "eval_loss" in line]
+    ours, total, count = model(), 0.0, 0.0
+    with torch.no_grad():
+        for batch in Loader(documents(7, seed=9), Batching(length=LENGTH, rows=3, shuffle=False)):
+            value, number, _ = loss(ours, batch)
+            total, count = total + float(value), count + float(number)
+    assert logged[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert logged[-1]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    with World.join("cpu") as world:
+        made = trainer(options(tmp_path / "run"), world)
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        object.__setattr__(made.export, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            made.train()
+    left = [path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+    assert left == []
+
+
+def test_the_work_of_a_step_is_counted_by_hand() -> None:
+    """2 layers, window 8, one document of 10 tokens and one of 3: the keys that each query sees, one by one."""
+    config = oracle.debug(num_hidden_layers=2)
+    made = model(config=config)
+    D, Ff, N, K, H, V = 48, 96, 4, 2, 16, 384
+    batch = Batch(*(torch.zeros(1, 14, dtype=torch.int64) for _ in range(5)))
+    batch.pos_BT[:] = torch.tensor([[*range(10), *range(3), -1]])
+    object.__setattr__(batch, "weights_BT", torch.tensor([[1.0] * 5 + [0.0] * 9]))
+    linears = 2 * (D * (N + 2 * K) * H + N * H * D + 3 * D * Ff)
+    seen_local = sum(min(p + 1, 8) for p in [*range(10), *range(3)])
+    seen_global = sum(p + 1 for p in [*range(10), *range(3)])
+    expected = 6 * linears * 13 + 6 * V * D * 5 + 12 * N * H * (seen_local + seen_global)
+    assert Work.of(made).flops(batch) == expected
+    frozen = model(LoraConfig(rank=2), config)
+    low = sum(p.numel() for name, p in frozen.named_parameters() if "lora" in name)
+    expected = (4 * linears + 6 * low) * 13 + 4 * V * D * 5 + 12 * N * H * (seen_local + seen_global)
+    assert Work.of(frozen).flops(batch) == expected
+
+
+def test_the_run_reports_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    run(options(tmp_path / "run", report_to=("tensorboard",)), evaluate=True)
+    lines = records(tmp_path / "run" / LOG)
+    first = next(line for line in lines if "loss" in line)
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory"} <= set(first)
+    assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "step 2: loss" in capfd.readouterr().err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(tmp_path / "run" / "runs"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == pytest.approx([(line["step"], line["loss"]) for line in lines if "loss" in line], rel=1e-6)
+    with pytest.raises(ValueError, match=r"report_to: got mlflow, allowed are none, all, tensorboard, wandb"):
+        run(options(tmp_path / "other", report_to=("mlflow",)))
+
+
+def test_a_log_cut_by_a_kill_is_mended(tmp_path: Path) -> None:
+    run(options(tmp_path / "run", max_steps=4, logging_steps=1))
+    with (tmp_path / "run" / LOG).open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    run(options(tmp_path / "run", max_steps=4, logging_steps=1, resume=True))
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / LOG).read_text().splitlines()] == [1, 2, 3, 4]

@@ -1,0 +1,148 @@
+"""Small runs for the tests of training: a debug model, documents in memory, and processes that start quickly.
+
+Processes come from a fork server that has imported torch once. A rank gets the variables that torchrun sets.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+from gemwright.adapter import LoraConfig
+from gemwright.checkpoint import EMBEDDING
+from gemwright.config import ModelConfig
+from gemwright.data.loader import Batching, Loader
+from gemwright.data.rows import Document
+from gemwright.data.store import Documents, in_memory
+from gemwright.lora import add_lora
+from gemwright.model import Gemma2
+from gemwright.train.distributed import World
+from gemwright.train.export import adapter, whole_model
+from gemwright.train.options import TrainConfig
+from gemwright.train.sft import loss
+from gemwright.train.trainer import Loss, Outcome, Trainer
+
+LENGTH = 20
+"""Places of a row, past the debug model's window of 8."""
+
+
+def documents(count: int = 40, *, seed: int = 0) -> Documents:
+    """Random documents of 2 to 30 tokens; about half of the targets carry loss, the last always."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        size = draw.randint(2, 30)
+        weights = [0, *(draw.randint(0, 1) for _ in range(size - 2)), 1]
+        made.append(Document([draw.randrange(384) for _ in range(size)], weights))
+    return in_memory(made)
+
+
+def options(out: Path, **changes: Any) -> TrainConfig:
+    """Six updates of two rows, logged and saved every second. With Adam's usual 1e-8 an element whose gradient is
+    rounding alone moves as far as any other, and two exact loops part within a few updates."""
+    defaults = dict(
+        output_dir=str(out), per_device_train_batch_size=2, max_steps=6, learning_rate=3e-3, logging_steps=2,
+        save_steps=2, lr_scheduler_type="cosine", warmup_steps=2, weight_decay=0.1, dtype="float32", seed=3,
+        adam_epsilon=1e-4,
+    )  # fmt: skip
+    return TrainConfig(**{**defaults, **changes})
+
+
+def weights(config: ModelConfig) -> dict[str, Tensor]:
+    """The oracle's weights with a narrower embedding: scores pass their cap, logits reach a third of theirs, so that
+    the loss is one of a model (6 to 10) and an update does not magnify rounding."""
+    state = oracle.weights(config)
+    return {**state, EMBEDDING: state[EMBEDDING] * 0.25}
+
+
+def model(lora: LoraConfig | None = None, config: ModelConfig | None = None) -> Gemma2:
+    """The debug model on these weights, ready to train; the same at every call."""
+    config = config or oracle.debug()
+    made = oracle.ours(config, weights(config))
+    if lora is None:
+        return made.requires_grad_(True)
+    torch.manual_seed(5)
+    add_lora(made, lora)
+    return made
+
+
+def trainer(
+    config: TrainConfig,
+    world: World,
+    *,
+    lora: LoraConfig | None = None,
+    made: Gemma2 | None = None,
+    algorithm: Loss[Any] = loss,
+    evaluate: bool = False,
+    packing: bool = True,
+) -> Trainer:
+    """A trainer over `documents()`."""
+    made = made or model(lora)
+    batching = Batching(
+        length=LENGTH, rows=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
+        rank=world.rank, world=world.size, seed=config.seed, packing=packing,
+    )  # fmt: skip
+    held_out = Batching(length=LENGTH, rows=2, rank=world.rank, world=world.size, shuffle=False)
+    export = (
+        whole_model(made, config=made.config.to_hf(), dtype=torch.float32)
+        if lora is None
+        else adapter(made, lora, base="base")
+    )
+    return Trainer(
+        made, algorithm, Loader(documents(), batching, epochs=None), config,
+        total=config.max_steps or 6, world=world, export=export,
+        eval_data=Loader(documents(7, seed=9), held_out) if evaluate else None,
+    )  # fmt: skip
+
+
+def run(config: TrainConfig, **kwargs: Any) -> Outcome:
+    """One run from beginning to end, or to where it is stopped, as this process's rank."""
+    torch.set_num_threads(1)
+    with World.join("cpu", offload=config.cpu_offload) as world:
+        return trainer(config, world, **kwargs).train()
+
+
+def _rank(rank: int, world: int, port: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    work(*arguments)
+
+
+def start(work: Callable[..., object], *arguments: Any, rank: int = 0, world: int = 1, port: int = 0) -> BaseProcess:
+    """Call a function of this module in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_fixtures"])
+    process = context.Process(target=_rank, args=(rank, world, port, work, arguments))
+    process.start()
+    return process
+
+
+def together(work: Callable[..., object], *arguments: Any, world: int = 2) -> None:
+    """Call a function on every rank, and wait; AssertionError where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(work, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    for process in ranks:
+        process.join(100)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * world, codes
+
+
+def run_all(jobs: list[tuple[TrainConfig, dict[str, Any]]]) -> None:
+    """Several runs one after the other: a process starts once for all of them."""
+    for config, kwargs in jobs:
+        run(config, **kwargs)
