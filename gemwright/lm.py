@@ -25,6 +25,7 @@ from gemwright.engine.request import Finish, Pooling, Request, TokenEvent
 from gemwright.engine.structured import Constraint, Grammars
 from gemwright.generate import TokenLogprob
 from gemwright.loader import choose_device, load_model
+from gemwright.parallel import TensorParallel
 from gemwright.sampling import SamplingParams, defaults
 from gemwright.tokenizer import TextStream, Tokenizer
 
@@ -132,11 +133,17 @@ class LM:
     """A language model with its tokenizer. Made by `load`."""
 
     def __init__(
-        self, folder: Path, *, device: str | int | torch.device, dtype: str | torch.dtype, attention: str = "auto"
+        self,
+        folder: Path,
+        *,
+        device: str | int | torch.device,
+        dtype: str | torch.dtype,
+        attention: str = "auto",
+        parallel: TensorParallel | None = None,
     ) -> None:
-        self.folder = folder
-        self.device = choose_device(device)
-        self.model = load_model(folder, device=self.device, dtype=dtype, attention=attention)
+        self.folder, self.parallel = folder, parallel
+        self.device = choose_device(device) if parallel is None else parallel.device
+        self.model = load_model(folder, device=self.device, dtype=dtype, attention=attention, parallel=parallel)
         self.config = self.model.config
         self.dtype = self.model.model.embed_tokens.weight.dtype
         self.tokenizer = Tokenizer.load(folder)
@@ -170,7 +177,7 @@ class LM:
     @cached_property
     def engine(self) -> Engine:
         """The engine that this model's own calls run on, made by the first of them."""
-        return Engine(self)
+        return Engine(self, parallel=self.parallel)
 
     @overload
     def generate(self, prompts: str | Messages, *, system: str | None = None, **sampling: Any) -> Completion: ...
@@ -266,6 +273,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
+    parallel: TensorParallel | None = None,
 ) -> LM:
     """Load a model: a local folder, a name on the Hugging Face hub, or, without a name, the bundled small model.
 
@@ -275,12 +283,13 @@ def load(
         dtype: auto (as stored), bfloat16, float32 or float16.
         attention: backend for every phase, or auto.
         revision, token, cache_dir, offline: for hub names, as in huggingface_hub.
+        parallel: the ranks that hold the model together (`TensorParallel.join`, under torchrun).
     """
     if name is None:
         folder = bundled.folder()
     else:
         folder = hub.resolve(name, revision=revision, token=token, cache_dir=cache_dir, offline=offline)
-    return LM(folder, device=device, dtype=dtype, attention=attention)
+    return LM(folder, device=device, dtype=dtype, attention=attention, parallel=parallel)
 
 
 class TextGeneration:

@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemwright.cache import KVCache
+from gemwright.engine.engine import Engine
+from gemwright.engine.request import Request
 from gemwright.loader import load_model
 from gemwright.lora import AdapterSlots
 from gemwright.model import Gemma2
 from gemwright.parallel import Mirror, TensorParallel, shard_config
+from gemwright.sampling import SamplingParams
 
 ROWS, LENGTH = 2, 20
 
@@ -61,6 +64,21 @@ def measure(folder: Path, parallel: TensorParallel | None) -> dict[str, Tensor]:
     return found
 
 
+def generated(model: Gemma2, parallel: TensorParallel | None) -> list[list[int]]:
+    """What the engine makes of prompts past the window, greedy and drawn, with little cache."""
+    engine = Engine(model, rows=2, budget=16, cache_tokens=192, parallel=parallel)
+    params = [SamplingParams(max_new_tokens=24, temperature=0), SamplingParams(max_new_tokens=24, seed=5, top_p=0.9)]
+    requests = [
+        Request(id=str(i), tokens=row, params=params[i % 2])
+        for i, row in enumerate([*prompt(model.config.vocab_size).tolist(), [5, 6, 7], [8] * 30])
+    ]
+    found: dict[str, list[int]] = {}
+    for event in engine.stream(requests):
+        if event.token is not None:
+            found.setdefault(event.id, []).append(event.token)
+    return [found[request.id or ""] for request in requests]
+
+
 def mirrored(parallel: TensorParallel) -> list[Any]:
     """What a rank saw when rank 0 made these calls."""
     seen: list[Any] = []
@@ -91,10 +109,14 @@ def main(out: Path, folders: list[Path]) -> None:
     with TensorParallel.join("cpu") as parallel:
         found = {name: t for folder in folders for name, t in measure(folder, parallel).items()}
         model = load_model(folders[0], device=parallel.device, pack=False, parallel=parallel)
+        again = Engine(model, rows=2, budget=16, parallel=parallel)
+        unseeded = [e.token for e in again.stream([Request(tokens=[5, 6], params=SamplingParams(max_new_tokens=12))])]
         facts = {
             "rank": [parallel.rank, parallel.world],
             "heads": model.config.num_key_value_heads,
             "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
+            "generated": generated(model, parallel),
+            "unseeded": unseeded,
             "mirrored": mirrored(parallel),
             "broadcast": parallel.broadcast({"none": None, "half": 0.5} if parallel.rank == 0 else None),
         }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import debug, distance, weights
-from parallel_worker import logits, measure
+from parallel_worker import generated, logits, measure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -127,6 +127,16 @@ def test_a_rank_holds_its_slices(two: list[tuple[dict[str, Tensor], dict[str, An
         dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
         held = "weight " + name.replace("_proj.", "_proj.linear.")
         assert torch.equal(torch.cat([tensors[held] for tensors, _ in two], dim), state[name]), name
+
+
+def test_the_engine_over_two_ranks_yields_what_it_yields_alone(
+    two: list[tuple[Any, dict[str, Any]]], folders: list[Path]
+) -> None:
+    first = two[0][1]
+    assert generated(load_model(folders[0], device=torch.device("cpu"), pack=False), None) == first["generated"]
+    assert [facts["generated"] for _, facts in two] == [first["generated"]] * 2
+    assert len(first["unseeded"]) == 12, "rank 0 draws the seed for all"
+    assert [facts["unseeded"] for _, facts in two] == [first["unseeded"]] * 2
 
 
 def test_ranks_repeat_what_rank_0_calls(two: list[tuple[Any, dict[str, Any]]]) -> None:

@@ -46,7 +46,7 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 
 def same_bits(one: Path, other: Path) -> None:
-    """Everything that a later step hangs on is equal: weights, masters, moments, random states, the place in the data."""
+    """All that a later step hangs on is equal: weights, masters, moments, random states, the place in the data."""
     files = [path.relative_to(one) for path in (*one.glob("state/*.safetensors"), *one.glob("*.safetensors"))]
     assert len(files) >= 3, files
     for file in files:

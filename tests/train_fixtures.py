@@ -37,13 +37,14 @@ LENGTH = 20
 
 
 def documents(count: int = 40, *, seed: int = 0) -> Documents:
-    """Random documents of 2 to 30 tokens; about half of the targets carry loss, the last always."""
+    """Random documents of 2 to 30 tokens, half of whose targets carry loss, the last always. Never the padding id 0, for
+    which transformers' embedding has no gradient."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):
         size = draw.randint(2, 30)
         weights = [0, *(draw.randint(0, 1) for _ in range(size - 2)), 1]
-        made.append(Document([draw.randrange(384) for _ in range(size)], weights))
+        made.append(Document([draw.randrange(1, 384) for _ in range(size)], weights))
     return in_memory(made)
 
 

@@ -20,6 +20,7 @@ from gemwright import __version__
 VERBS: Final[dict[str, str]] = {
     "chat": "talk with a model in the terminal",
     "generate": "continue a text, or answer a conversation, once, or a file of them",
+    "serve": "an OpenAI-compatible server with a chat page",
     "bench": "measure the engine on this machine",
     "info": "shapes, parameters, bytes, and what fits this machine",
     "doctor": "check a checkpoint and this machine's arithmetic, trait by trait",

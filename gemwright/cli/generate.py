@@ -84,19 +84,27 @@ def run(options: Options) -> int:
     if not options.json and (options.logprobs is not None or options.prompt_logprobs is not None):
         raise ValueError("--logprobs and --prompt-logprobs: allowed with --json")
     limits = _constraint(options)
-    lm = options.loading.load(options.model)
-    engine = _engine(options, lm)
-    wanted = {"logprobs": options.logprobs, "prompt_logprobs": options.prompt_logprobs}
-    sampling = options.sampling.given() | {name: n for name, n in wanted.items() if n is not None}
-    common: dict[str, Any] = {"constraint": limits, "adapter": options.adapter, "engine": engine}
-    if prompt is None:
-        return _bulk(options, lm, sampling, common)
+    with options.loading.ranks() as parallel:
+        if parallel is not None and options.input is not None:
+            raise ValueError("--input: not under torchrun; a model that one machine holds answers files in one process")
+        lm = options.loading.load(options.model, parallel)
+        engine = _engine(options, lm)
+        wanted = {"logprobs": options.logprobs, "prompt_logprobs": options.prompt_logprobs}
+        sampling = options.sampling.given() | {name: n for name, n in wanted.items() if n is not None}
+        common: dict[str, Any] = {"constraint": limits, "adapter": options.adapter, "engine": engine}
+        if prompt is None:
+            return _bulk(options, lm, sampling, common)
+        return _one(options, lm, prompt, sampling | common)
+
+
+def _one(options: Options, lm: LM, prompt: str | list[dict[str, str]], how: dict[str, Any]) -> int:
+    """Answer one prompt."""
     start = time.perf_counter()
     if options.json:
-        completion = lm.generate(prompt, system=options.system, **common, **sampling)
+        completion = lm.generate(prompt, system=options.system, **how)
         print(json.dumps(report(lm, completion, time.perf_counter() - start), ensure_ascii=False))
         return 0
-    stream = lm.stream(prompt, system=options.system, **common, **sampling)
+    stream = lm.stream(prompt, system=options.system, **how)
     for piece in stream:
         print(piece, end="", flush=True)
     print()
@@ -126,7 +134,8 @@ def _engine(options: Options, lm: LM) -> Engine:
     from gemwright.engine.speculative import PromptLookup
 
     rows = options.rows if options.input is not None else 1
-    engine = Engine(lm, rows=rows, budget=max(512, 2 * rows), proposer=PromptLookup() if options.lookup else None)
+    proposer = PromptLookup() if options.lookup else None
+    engine = Engine(lm, rows=rows, budget=max(512, 2 * rows), proposer=proposer, parallel=lm.parallel)
     if options.adapter is not None:
         engine.load_adapter(options.adapter, options.adapter)
     return engine

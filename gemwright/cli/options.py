@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
     from gemwright.lm import LM
+    from gemwright.parallel import TensorParallel
 
 _MODELS_OWN = "default: the model's own"
 
@@ -45,7 +49,22 @@ class Loading:
     verbose: Flag = False
     """Log what is chosen and loaded, to stderr."""
 
-    def load(self, model: str | None) -> LM:
+    @contextmanager
+    def ranks(self) -> Iterator[TensorParallel | None]:
+        """Under torchrun: join the ranks that hold the model together, of which only the first prints."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield None
+            return
+        from gemwright.parallel import TensorParallel
+
+        with (
+            TensorParallel.join(self.device) as parallel,
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere if parallel.rank else sys.stdout),
+        ):
+            yield parallel
+
+    def load(self, model: str | None, parallel: TensorParallel | None = None) -> LM:
         """Load a folder, a hub name, or (None) the bundled model."""
         from gemwright.lm import load
 
@@ -53,7 +72,7 @@ class Loading:
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del chosen["verbose"]
-        return load(model, **chosen)
+        return load(model, parallel=parallel, **chosen)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -39,6 +40,7 @@ from gemwright.generate import budget as check_prompt
 from gemwright.generate import top_logprobs
 from gemwright.lora import AdapterSlots
 from gemwright.model import Gemma2
+from gemwright.parallel import TensorParallel
 from gemwright.sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class Engine:
         budget: int = 512,
         cache_tokens: int | None = None,
         proposer: Proposer | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         """
         Args:
@@ -99,6 +102,7 @@ class Engine:
             budget: most tokens that go through the model in a step; more than `rows`.
             cache_tokens: positions that the cache holds in all; None: rows x context, or a share of the free memory.
             proposer: makes drafts (`engine.speculative`); None: no speculation.
+            parallel: the ranks that hold the model together; each makes the same calls in the same order.
         """
         if budget <= rows:
             raise ValueError(f"budget: got {budget}, allowed is more than rows ({rows})")
@@ -106,7 +110,7 @@ class Engine:
         self.model = model = source if isinstance(source, Gemma2) else source.model
         self.stop_ids = self.front.stop_ids if self.front is not None else frozenset()
         self.config = model.config
-        self.proposer = proposer
+        self.proposer, self.parallel = proposer, parallel
         self.device = model.model.embed_tokens.weight.device
         self.dtype = model.model.embed_tokens.weight.dtype
         self.slots = AdapterSlots(model)
@@ -137,6 +141,8 @@ class Engine:
             else:
                 free = CPU_SHARE * psutil.virtual_memory().available
             cache_tokens = min(rows * context, int(free / token_bytes))
+        if self.parallel is not None:
+            cache_tokens = self.parallel.least(cache_tokens)
         pages = max(1, cache_tokens // PAGE)
         # of a local layer a row needs its window, the chunk that is being read and the pages these begin and end in
         ring = rows * (-(-(config.sliding_window + budget) // PAGE) + 1)
@@ -169,6 +175,9 @@ class Engine:
         ident = request.id if request.id is not None else f"request-{next(self._numbers)}"
         first = self._requests.get(request.after or "", [None])[0]
         after = None if first is None or first.done else first.seq
+        if self.parallel is not None and request.params.seed is None:
+            seed = self.parallel.broadcast(secrets.randbits(63))
+            request = replace(request, params=replace(request.params, seed=seed))
         tracks = Track.make(request, ident, new_tokens, self.stop_ids, self._seed(request), after)
         if request.constraint is not None and self.front is not None:
             for track in tracks:
@@ -205,6 +214,7 @@ class Engine:
         """Compute one step; the events it made."""
         events, self._outbox = self._outbox, []
         if not self._tracks:
+            self._gauge()
             return events
         if self.proposer is not None:
             self.proposer.propose([track for track in self._tracks.values() if track.decoding])
@@ -213,11 +223,11 @@ class Engine:
             self._cache = PagedCache(self.model, self._pages)
         for works in self._passes(plan.work) if plan.work else ():
             events += self._run(works)
+        self.stats.steps += 1
         self._gauge()
         return events
 
     def _gauge(self) -> None:
-        self.stats.steps += 1
         for name, value in self.scheduler.stats().items():
             setattr(self.stats, name, value)
 
