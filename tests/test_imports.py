@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gemwright"
 
 ORDER = [
-    "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "tools", "weights",
-    "hub", "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "parallel", "bundled",
-    "loader", "generate", "engine", "lm", "bulk", "doctor_probes", "doctor", "data", "eval", "merge", "train", "serve",
-    "cli", "__main__",
+    "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "weights", "hub",
+    "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "parallel", "bundled",
+    "loader", "generate", "engine", "tools", "lm", "bulk", "doctor_probes", "doctor", "data", "eval", "merge", "train",
+    "serve", "cli", "__main__",
 ]  # fmt: skip
 """Modules and folders of the package, each importing only from those before it; some are yet to come."""
 
 RESERVED = {
-    "torch.distributed": {"parallel.py", "train/trainer.py"},
+    "torch.distributed": {"parallel.py", "train/distributed.py"},
     "triton": set(),
     "transformers": {"train/teacher.py"},
     "peft": set(),
@@ -36,6 +36,12 @@ RESERVED = {
     "llama_cpp": set(),
 }
 """Libraries and the only files of the package that may import them."""
+
+EXTRAS = {"PyYAML": "yaml", "opentelemetry_sdk": "opentelemetry"}
+"""Optional libraries that are imported under another name than they are installed by."""
+
+TOOLS = {"test", "bench", "mini"}
+"""Extras that the package itself does not import."""
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -68,6 +74,8 @@ def imported(node: ast.AST) -> Iterator[str]:
         base = node.module or ""
         for alias in node.names:
             full = f"{base}.{alias.name}"
+            if full == "gemwright.__version__":  # a constant of the package, not a name that imports a module
+                continue
             if base.split(".")[0] == "gemwright":
                 yield full if full in MODULES else base
             else:
@@ -128,7 +136,9 @@ def test_reserved_libraries_stay_in_their_files() -> None:
 
 def test_every_library_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[<>=!~\[ ]", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name not in TOOLS for line in lines]
+    lines = [re.split(r"[<>=!~\[ ]", line)[0].replace("-", "_") for line in [*project["dependencies"], *extras]]
+    declared = {EXTRAS.get(line, line.lower()) for line in lines}
     wrong = {
         f"{name}:{line} imports {module}"
         for name in FILES
