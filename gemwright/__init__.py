@@ -15,12 +15,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gemwright.checkpoint import Checkpoint
     from gemwright.config import ModelConfig
+    from gemwright.engine.engine import Engine
+    from gemwright.engine.request import Request
+    from gemwright.engine.structured import Constraint
     from gemwright.lm import LM, load, pipeline
+    from gemwright.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LM", "Checkpoint", "ModelConfig", "__version__", "load", "pipeline"]
+__all__ = [
+    "LM",
+    "Checkpoint",
+    "Constraint",
+    "Engine",
+    "ModelConfig",
+    "Request",
+    "SamplingParams",
+    "__version__",
+    "load",
+    "pipeline",
+]
 
-_MODULES = {"Checkpoint": "checkpoint", "ModelConfig": "config", "LM": "lm", "load": "lm", "pipeline": "lm"}
+_MODULES = {
+    "Checkpoint": "checkpoint",
+    "Constraint": "engine.structured",
+    "Engine": "engine.engine",
+    "LM": "lm",
+    "ModelConfig": "config",
+    "Request": "engine.request",
+    "SamplingParams": "sampling",
+    "load": "lm",
+    "pipeline": "lm",
+}
 
 
 def __getattr__(name: str) -> object:
