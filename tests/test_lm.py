@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import transformers
 from folder_fixtures import gemma2
 
 import gemwright
+from gemwright.engine.engine import Engine
+from gemwright.engine.request import Request
+from gemwright.engine.structured import Constraint
 from gemwright.generate import ContextError, Generation
-from gemwright.lm import LM
+from gemwright.lm import LM, Answer
+from gemwright.loader import load_model
+from gemwright.lora import LoraConfig, add_lora, save_adapter
 from gemwright.sampling import SamplingParams
 
 CHAT = [{"role": "user", "content": "Hello there, how are you?"}]
@@ -235,3 +241,60 @@ def test_an_id_past_the_tokenizer_has_no_text(tmp_path: Path) -> None:
     answer = lm.generate("Hello", max_new_tokens=40, seed=1, stop_ids=frozenset())
     assert max(answer.tokens) >= lm.tokenizer.vocab_size
     assert answer.text == lm.tokenizer.decode([i for i in answer.tokens if i < lm.tokenizer.vocab_size])
+
+
+def test_constraints_hold_in_company(lm: LM) -> None:
+    """A choice, a schema and free text side by side; the free one is what it is alone; all end by themselves."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    limits = [Constraint.of("choice", ["red", "green"]), Constraint.of("json_schema", schema), None]
+    params = lm.params(max_new_tokens=40, temperature=1.0, seed=2)
+    requests = [
+        Request(id=str(i), tokens=lm.encode(PROMPTS[i]), params=params, constraint=limit)
+        for i, limit in enumerate(limits)
+    ]
+    answers = [Answer(lm.tokenizer, params, len(request.tokens)) for request in requests]
+    for event in lm.engine.stream(requests):
+        answers[int(event.id)].push(event)
+    choice, data, free = (answer.completion() for answer in answers)
+    assert choice.text in ("red", "green")
+    assert json.loads(data.text)["a"] in (1, 2)
+    assert choice.finish_reason == data.finish_reason == "stop"
+    assert free.tokens == lm.generate(PROMPTS[2], max_new_tokens=40, temperature=1.0, seed=2).tokens
+    with pytest.raises(ValueError, match="constraint: Invalid type: nonsense"):
+        lm.generate(PROMPTS[0], constraint=Constraint.of("json_schema", {"type": "nonsense"}))
+
+
+def test_an_adapter_is_one_requests_own(lm: LM, tmp_path: Path) -> None:
+    """With and without an adapter in one batch: each is what it is alone, and keys are not shared between them."""
+    model = load_model(lm.folder, device=torch.device("cpu"), pack=False)
+    for name in add_lora(model, LoraConfig(rank=4)):
+        torch.nn.init.normal_(model.get_submodule(name).lora_B, std=0.5)  # type: ignore[arg-type]
+    save_adapter(model, tmp_path / "adapter")
+    engine = Engine(lm, rows=4)
+    engine.load_adapter("a", tmp_path / "adapter")
+    prompt = " ".join(PROMPTS) * 2
+    plain = lm.generate(prompt, max_new_tokens=12, temperature=0)
+    first = lm.generate(prompt, max_new_tokens=12, temperature=0, engine=engine)
+    adapted = lm.generate(prompt, max_new_tokens=12, temperature=0, engine=engine, adapter="a")
+    assert first.tokens == plain.tokens != adapted.tokens
+    assert adapted.cached_tokens == 0
+    params = SamplingParams(max_new_tokens=12, temperature=0)
+    tokens = [token.id for (token,) in Generation(model, [lm.encode(prompt)], [params], stop_ids=lm.stop_ids)]
+    assert [i for i in tokens if i not in lm.stop_ids] == adapted.tokens
+    with pytest.raises(ValueError, match="adapter: got 'b', loaded are a"):
+        lm.generate(prompt, engine=engine, adapter="b")
+    engine.unload_adapter("a")
+    assert lm.generate(prompt, max_new_tokens=12, temperature=0, engine=engine).tokens == plain.tokens
+
+
+def test_the_samples_of_a_prompt(lm: LM) -> None:
+    """n samples to a prompt, in order; the first is the plain one; a stop string ends one and not its siblings."""
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 1.0, "seed": 3}
+    two = lm.generate(PROMPTS[:2], n=3, **options)
+    assert [two[0].text, two[3].text] == [lm.generate(prompt, **options).text for prompt in PROMPTS[:2]]
+    stop = two[1].text[2:5]
+    cut = lm.generate(PROMPTS[:1], n=3, stop=stop, **options)
+    assert [one.text for one in cut] == [one.text.partition(stop)[0] for one in two[:3]]
+    assert cut[1].finish_reason == "stop"
+    with pytest.raises(ValueError, match="n: got 2, allowed is 1 for a stream"):
+        lm.stream(PROMPTS[0], n=2, temperature=1.0)

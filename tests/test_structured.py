@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from gemwright.engine.structured import (
     Grammars,
     Matcher,
     StructuredMissing,
-    _token_bytes,
 )
 from gemwright.ops.draw import unpack
 from gemwright.sampling import Sampler, SamplingParams
@@ -78,12 +78,16 @@ def mask(matcher: Matcher, grammars: Grammars) -> set[int]:
     return set(unpack(row[None], 32 * len(row))[0].nonzero()[:, 0].tolist())
 
 
+@cache
+def closers(tokenizer: Tokenizer) -> list[int]:
+    return [i for i in range(tokenizer.vocab_size) if set(tokenizer.token_bytes(i)) & set(b'"]}')]
+
+
 def babble(grammar: Grammar, grammars: Grammars, tokenizer: Tokenizer, seed: int) -> str:
     """What random logits say under a grammar, with a taste for closing what is open; ended by a stop id."""
-    V = grammars.vocab_size
-    closing = [i for i, spelled in enumerate(_token_bytes(tokenizer)) if set(spelled) & set(b'"]}')]
+    V, closing = grammars.vocab_size, closers(tokenizer)
     matcher, tokens = grammar.start(), list[int]()
-    sampler = Sampler([SamplingParams(seed=seed, temperature=1.5)])
+    sampler = Sampler([SamplingParams(seed=seed, temperature=1.5, top_k=400)])
     row = torch.empty(1, -(-V // 32), dtype=torch.int32)
     for position in range(500):
         matcher.mask(row[0])
@@ -151,7 +155,7 @@ def test_what_may_come_next_is_what_some_text_continues_with(
     where the texts part; a stop id exactly at the end of a text; never a control token or a row of padding."""
     tokenizer, grammars = tokenizers[name], compilers[name]
     grammar = grammars.compile(Constraint.of("choice", LANGUAGE))
-    spelled = list(_token_bytes(tokenizer))
+    spelled = [*map(tokenizer.token_bytes, range(tokenizer.vocab_size))]
     texts = [text.encode() for text in LANGUAGE]
     parted = 0
     for text in LANGUAGE:
@@ -170,6 +174,17 @@ def test_what_may_come_next_is_what_some_text_continues_with(
             if count < len(ids):
                 matcher.accept(ids[count])
     assert parted > len(LANGUAGE)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_no_text_has_control_tokens_or_padding(
+    tokenizers: dict[str, Tokenizer], compilers: dict[str, Grammars], name: str
+) -> None:
+    """Not even where the grammar allows their spelling; the stop id may come because any text may end."""
+    tokenizer, grammars = tokenizers[name], compilers[name]
+    may = mask(grammars.compile(Constraint("regex", r"(.|\n)*")).start(), grammars)
+    assert may & tokenizer.special_ids == {tokenizer.eos_id}
+    assert max(may) < tokenizer.vocab_size and len(may) > tokenizer.vocab_size // 2
 
 
 def test_tokens_are_taken_back_and_tried(tokenizers: dict[str, Tokenizer], compilers: dict[str, Grammars]) -> None:

@@ -49,7 +49,7 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
 
 
 def test_a_conversation_with_tools_is_gemmas_turns(tokenizer: Tokenizer) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "  Rome?"},
         {"role": "assistant", "content": None, "tool_calls": [
             asked(name="weather", arguments='{"city":"Rome","unit":"kelvin"}'),

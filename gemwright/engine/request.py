@@ -46,7 +46,7 @@ class TokenEvent:
     index: int = 0
     """Which of the request's n samples."""
     token: int | None = None
-    """A stop id is reported with finish "stop" and is not part of the answer."""
+    """A stop id is reported with finish "stop" and is not part of the answer; None: only the end is reported."""
     finish: Finish | None = None
     logprob: TokenLogprob | None = None
     policy_logprob: float | None = None

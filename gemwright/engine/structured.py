@@ -36,7 +36,6 @@ from torch import Tensor
 
 from gemwright.engine import grammar_trial
 from gemwright.tokenizer import Tokenizer
-from gemwright.tokenizer_backends import Library
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -192,7 +191,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
         self._tokenizer = tokenizer
-        self.tokens = [*_token_bytes(tokenizer), *[b""] * (size - tokenizer.vocab_size)]
+        self.tokens = [tokenizer.token_bytes(i) for i in range(size)]
         self.special_token_ids = sorted(tokenizer.special_ids)
         ordinary = (i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids)
         self._ids = {self.tokens[i]: i for i in ordinary if self.tokens[i]}
@@ -212,22 +211,6 @@ class _Vocabulary:
             ids.append(self._ids[data[start:end]])
             start = end
         return ids
-
-
-def _token_bytes(tokenizer: Tokenizer) -> Iterator[bytes]:
-    """What each id adds to a text; the spelling for control tokens, which the library keeps apart; b"" for no token."""
-    backend = tokenizer.backend
-    anchor = backend.encode("a", False)
-    cut = len(backend.decode(anchor, False))
-    for i in range(tokenizer.vocab_size):
-        spelled = backend.token(i) or ""
-        text = spelled if i in tokenizer.special_ids or not spelled else backend.decode([*anchor, i], False)[cut:]
-        if "\ufffd" not in text:
-            yield text.encode()
-        elif backend.is_byte(i):
-            yield bytes.fromhex(spelled[3:5])
-        else:
-            yield backend.token_bytes(i) if isinstance(backend, Library) else text.encode()
 
 
 def _bits(ids: Iterable[int], words: int) -> Tensor:

@@ -158,8 +158,11 @@ class Track:
                 self.matcher.accept(one.token)
             if finish is None and len(seq.tokens) == seq.limit:
                 finish = "length"
-            made.finished = finish is not None
             made.events.append(self._event(one, finish))
+            if finish is None and self.matcher is not None and self.matcher.done:  # nothing but a stop id may follow
+                finish = "stop"
+                made.events.append(self._event(finish=finish))
+            made.finished = finish is not None
             if made.finished or j == len(drafts) or drafts[j] != one.token:
                 break
             made.accepted += 1
