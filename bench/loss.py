@@ -216,8 +216,8 @@ def main(options: Options) -> None:
                     runs.append(one_case(row[method], options.threads))
     ceilings = machine.Ceilings.median(measured)
     lines = [
-        "| loss | dtype | vocabulary | tokens | head | naive | chunked | ours | ours, MB / weight's gradient | naive / ours "
-        "| chunked / ours | share of bf16 matmul | of fp32 matmul |",
+        "| loss | dtype | vocabulary | tokens | head | naive | chunked | ours | ours, MB / weight's gradient "
+        "| naive / ours | chunked / ours | share of bf16 matmul | of fp32 matmul |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(line(row, found, ceilings) for row, found in zip(table, results, strict=True)),
     ]
@@ -225,9 +225,9 @@ def main(options: Options) -> None:
         [
             "## Loss and gradient",
             f"{machine.describe(options.threads)}. {ceilings}.",
-            f"`{' '.join(['python', 'bench/loss.py', *sys.argv[1:]])}`: seconds and, in brackets, MB at the peak beside "
-            f"hidden states and weights; medians of {options.rounds} interleaved rounds (one where a call takes more "
-            f"than {BUDGET:.0f} s). -: not run, bf16 matmuls being emulated or the free memory too small.",
+            f"`{' '.join(['python', 'bench/loss.py', *sys.argv[1:]])}`: seconds and, in brackets, MB at the peak "
+            f"beside hidden states and weights; medians of {options.rounds} interleaved rounds (one where a call takes "
+            f"more than {BUDGET:.0f} s). -: not run, bf16 matmuls being emulated or the free memory too small.",
             "\n".join(lines),
         ]
     )

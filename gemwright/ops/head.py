@@ -29,8 +29,10 @@ CHUNK_BYTES: Final = 128 * 2**20
 """Bytes of fp32 logits that one chunk of `chunks` may take by default."""
 CHUNK_SHARE: Final = 5
 """A chunk of a loss may take one fifth of the weight's bytes: little beside the weight's gradient ..."""
+CHUNK_TOKENS: Final = 128
+"""... or hold as many tokens as its matmuls need (32 take 1.5 times as long as 128, measured) ..."""
 CHUNK_FLOOR: Final = 32 * 2**20
-"""... or this much, whichever is more: enough tokens for a small head's matmuls to be efficient."""
+"""... or take as many bytes as never matter; whichever is most."""
 TILE: Final = {"cpu": 512, "cuda": 16384, "mps": 16384}
 """Ids of the vocabulary in a tile. On CPU its temporaries stay in the caches (best from 455 to 1024 ids, 256 to 2304
 wide, measured on AVX2); on a GPU its logits fit the second level, and tiles are few: each costs a dozen launches."""
@@ -121,7 +123,7 @@ class Head:
 
     def chunk_bytes(self) -> int:
         """Bytes of logits that a chunk of a loss may take."""
-        return max(CHUNK_FLOOR, self.weight_VD.numel() * self.weight_VD.element_size() // CHUNK_SHARE)
+        return max(self.weight_VD.nbytes // CHUNK_SHARE, 4 * len(self.weight_VD) * CHUNK_TOKENS, CHUNK_FLOOR)
 
     def chunks(self, hidden_XD: Tensor, dtype: torch.dtype, limit: int | None = None) -> Iterator[Chunk]:
         """The logits of all tokens, chunk by chunk, multiplied in `dtype`."""
