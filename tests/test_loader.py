@@ -16,7 +16,7 @@ from gemwright.checkpoint import Checkpoint, CheckpointError
 from gemwright.config import ConfigError
 from gemwright.loader import choose_device, load_model
 from gemwright.ops import linear
-from gemwright.ops.linear import PackedLinear, UpcastLinear
+from gemwright.ops.linear import NativeLinear, PackedLinear, UpcastLinear
 
 CPU = torch.device("cpu")
 
@@ -59,8 +59,8 @@ def test_packing_changes_no_result(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_bf16_linears_are_replaced_on_cpu(tmp_path: Path) -> None:
     model = load_model(tiny(tmp_path / "m", dtype=torch.bfloat16), device=CPU)
     kinds = {type(m) for n, m in model.named_modules() if n.endswith("_proj") or n == "lm_head"}
-    assert kinds <= {PackedLinear, UpcastLinear}
-    if kinds == {UpcastLinear}:
+    assert kinds <= {PackedLinear, NativeLinear, UpcastLinear}
+    if kinds != {PackedLinear}:
         assert model.lm_head.weight is model.model.embed_tokens.weight  # no second copy of the head
 
 

@@ -5,8 +5,9 @@
 
 #include "native.h"
 
-#define DEPTH 1024 /* columns at a time: TILE rows of x stay in the first-level cache */
-#define PANEL 64   /* rows of the weight at a time: PANEL x DEPTH stay in the second-level cache */
+#define DEPTH 1024  /* columns at a time: TILE rows of x stay in the first-level cache */
+#define PANEL 64    /* rows of the weight at a time: PANEL x DEPTH stay in the second-level cache */
+#define AHEAD 16384 /* elements by which the weight is fetched ahead of its use, but four rows at least */
 
 /* y [M, F] = x [M, D] w [F, D]^T. Few rows stream the weight once, many take it in panels that stay in the cache. */
 void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16, int threads)
@@ -32,7 +33,7 @@ void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16
                     int R = MIN(TILE, rows - m);
                     const void *part = at(w, f0 * D + d, bf16);
                     multiply(bf16, R, packed + m * width + d * R, part, D, columns, MIN(depth, D - d),
-                             at(part, 4 * D, bf16), sums[m], PANEL);
+                             at(part, MAX(4 * D, AHEAD), bf16), sums[m], PANEL);
                 }
             for (int m = 0; m < rows; m++)
                 for (int f = 0; f < columns; f++) put(y, (m0 + m) * F + f0 + f, bf16, sums[m][f]);
@@ -41,46 +42,71 @@ void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16
     free(packed);
 }
 
+INLINE void norm_row(const int bf16, const void *x, const void *weight, const void *residual, void *y, i64 D, float eps)
+{
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (i64 i = 0; i < D; i++) squares += get(x, i, bf16) * get(x, i, bf16);
+    float scale = 1 / sqrtf(squares / D + eps);
+#pragma omp simd
+    for (i64 i = 0; i < D; i++) {
+        float normed = get(x, i, bf16) * scale * (1 + get(weight, i, bf16));
+        put(y, i, bf16, residual ? get(residual, i, bf16) + normed : normed);
+    }
+}
 /* y = residual + x / sqrt(mean(x^2) + eps) * (1 + weight) over rows of D; residual may be null. */
 void norm(const void *x, const void *weight, const void *residual, void *y, i64 M, i64 D, float eps, int bf16,
           int threads)
 {
 #pragma omp parallel for num_threads(M *D < SMALL ? 1 : threads)
     for (i64 m = 0; m < M; m++) {
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (i64 i = m * D; i < (m + 1) * D; i++) squares += get(x, i, bf16) * get(x, i, bf16);
-        float scale = 1 / sqrtf(squares / D + eps);
-#pragma omp simd
-        for (i64 i = 0; i < D; i++) {
-            float rest = residual ? get(residual, m * D + i, bf16) : 0;
-            put(y, m * D + i, bf16, rest + get(x, m * D + i, bf16) * scale * (1 + get(weight, i, bf16)));
-        }
+        const void *rest = residual ? at(residual, m * D, bf16) : 0;
+        if (bf16)
+            norm_row(1, at(x, m * D, 1), weight, rest, at(y, m * D, 1), D, eps);
+        else
+            norm_row(0, at(x, m * D, 0), weight, rest, at(y, m * D, 0), D, eps);
     }
 }
 
+INLINE void rotate_head(const int bf16, const void *x, const float *cosines, const float *sines, void *y, i64 half)
+{
+#pragma omp simd
+    for (i64 i = 0; i < half; i++) {
+        float left = get(x, i, bf16), right = get(x, i + half, bf16);
+        put(y, i, bf16, left * cosines[i] - right * sines[i]);
+        put(y, i + half, bf16, right * cosines[i + half] + left * sines[i + half]);
+    }
+}
 /* Rows of N heads turned by their positions' angles: dimension i with dimension i + H / 2; cosines and sines [M, H]. */
 void rotate(const void *x, const float *cosines, const float *sines, void *y, i64 M, i64 N, i64 H, int bf16,
             int threads)
 {
 #pragma omp parallel for num_threads(M *N *H < SMALL ? 1 : threads)
-    for (i64 m = 0; m < M; m++)
-        for (i64 head = m * N; head < (m + 1) * N; head++)
-#pragma omp simd
-            for (i64 i = 0; i < H / 2; i++) {
-                i64 left = head * H + i, right = left + H / 2, l = m * H + i, r = l + H / 2;
-                float a = get(x, left, bf16), b = get(x, right, bf16);
-                put(y, left, bf16, a * cosines[l] - b * sines[l]);
-                put(y, right, bf16, b * cosines[r] + a * sines[r]);
-            }
+    for (i64 head = 0; head < M * N; head++) {
+        const float *c = cosines + head / N * H, *s = sines + head / N * H;
+        if (bf16)
+            rotate_head(1, at(x, head * H, 1), c, s, at(y, head * H, 1), H / 2);
+        else
+            rotate_head(0, at(x, head * H, 0), c, s, at(y, head * H, 0), H / 2);
+    }
 }
 
-/* y = gelu(gate) * up, with the tanh form of GELU. */
-void gated_gelu(const void *gate, const void *up, void *y, i64 count, int bf16, int threads)
+INLINE void gated_gelu_part(const int bf16, const void *gate, const void *up, void *y, i64 count)
 {
-#pragma omp parallel for simd num_threads(count < SMALL ? 1 : threads)
+#pragma omp simd
     for (i64 i = 0; i < count; i++) {
         float g = get(gate, i, bf16), inner = 0.7978845608f * (g + 0.044715f * g * g * g);
         put(y, i, bf16, 0.5f * g * (1 + hyperbolic_tangent(inner)) * get(up, i, bf16));
+    }
+}
+/* y = gelu(gate) * up, with the tanh form of GELU. */
+void gated_gelu(const void *gate, const void *up, void *y, i64 count, int bf16, int threads)
+{
+#pragma omp parallel for num_threads(count < SMALL / 16 ? 1 : threads) /* each is worth a dozen multiplications */
+    for (i64 i = 0; i < count; i += DEPTH) {
+        if (bf16)
+            gated_gelu_part(1, at(gate, i, 1), at(up, i, 1), at(y, i, 1), MIN(DEPTH, count - i));
+        else
+            gated_gelu_part(0, at(gate, i, 0), at(up, i, 0), at(y, i, 0), MIN(DEPTH, count - i));
     }
 }

@@ -3,9 +3,9 @@
    Numbers are bf16 or fp32, one type in a call (`bf16`), computed in fp32 and rounded once. The compiler makes AVX2,
    AVX-512 or NEON of the vectors.
 
-   Split order. One load of 2 LANES bf16 numbers is a vector of 32-bit words, each with an even element in its low and an
-   odd one in its high half. A shift and a mask make two fp32 vectors of it, the even elements and the odd ones; the
-   other factor is kept in that order too, so nothing is shuffled. fp32 numbers keep their own order. */
+   Split order. One load of 2 LANES bf16 numbers is a vector of 32-bit words, each with an even element in its low half
+   and an odd one in its high half. A shift and a mask make two fp32 vectors of it, the even elements and the odd ones;
+   the other factor is kept in that order too, so nothing is shuffled. fp32 numbers keep their own order. */
 
 #include <math.h>
 #include <stdint.h>

@@ -20,7 +20,6 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -87,9 +86,8 @@ def build(folder: Path) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise NativeUnavailable("no C compiler (gcc or cc) is in PATH")
-    openmp = _openmp()
-    here = Path(__file__).parent
-    facts = [platform.machine(), _processor(), _run(compiler, "--version"), openmp, *FLAGS]
+    here, processor, openmp = Path(__file__).parent, _processor(), _openmp()
+    facts = [platform.machine(), processor, _run(compiler, "--version"), openmp, *FLAGS]
     key = hashlib.sha256("\n".join([*facts, *((here / name).read_text() for name in SOURCES)]).encode()).hexdigest()
     target = folder / f"native-{key[:12]}.so"
     if not target.is_file():
@@ -105,7 +103,9 @@ def build(folder: Path) -> Path:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMPILE_SECONDS
+    )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         said = next((line for line in lines if "error" in line), lines[0])
@@ -123,13 +123,17 @@ def _processor() -> str:
 
 
 def _openmp() -> str:
-    """The file of the OpenMP runtime that torch has mapped."""
-    maps = Path("/proc/self/maps")
-    mapped = re.findall(r"/.*/lib(?:gomp|iomp5|omp)\b.*", maps.read_text()) if maps.is_file() else []
-    if not mapped:
-        raise NativeUnavailable("torch has no OpenMP runtime loaded here")
-    home = str(Path(torch.__file__).parent.parent)
-    return min(mapped, key=lambda path: (not path.startswith(home), path))
+    """The file of the OpenMP runtime that torch calls; other packages may have mapped their own beside it."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    if not hasattr(torch_cpu, "omp_get_max_threads"):
+        raise NativeUnavailable("this torch is built without OpenMP")
+    address = ctypes.cast(torch_cpu.omp_get_max_threads, c_void_p).value or 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, file = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return file
+    raise NativeUnavailable("the file of torch's OpenMP runtime is not mapped")
 
 
 def _kernels() -> ctypes.CDLL:
@@ -143,10 +147,8 @@ def _check(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     assert dtype in (torch.bfloat16, torch.float32), dtype
     for tensor in tensors:
-        assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu", (
-            tensor.dtype, tensor.shape, tensor.stride(), tensor.device,
-        )  # fmt: skip
-    return dtype == torch.bfloat16
+        assert tensor.dtype is dtype and tensor.is_contiguous() and tensor.is_cpu, (tensor.dtype, tensor.stride())
+    return dtype is torch.bfloat16
 
 
 def linear(x_XD: Tensor, weight_FD: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def linear(x_XD: Tensor, weight_FD: Tensor) -> Tensor:
     assert x_XD.shape[-1] == D, (x_XD.shape, weight_FD.shape)
     x_XD = x_XD.contiguous()
     bf16 = _check(x_XD, weight_FD)
-    y_XF = torch.empty((*x_XD.shape[:-1], F), dtype=x_XD.dtype)
+    y_XF = x_XD.new_empty((*x_XD.shape[:-1], F))
     _kernels().linear(
         x_XD.data_ptr(), weight_FD.data_ptr(), y_XF.data_ptr(), x_XD.numel() // D, F, D, bf16, torch.get_num_threads()
     )
@@ -224,7 +226,7 @@ def paged_attention(
         window: a key is visible up to window - 1 positions back; None: any distance.
         cap: of the scaled scores; None: none.
     Raises:
-        AssertionError: tensors do not fit each other, or a table names a page that the store does not have.
+        AssertionError: tensors do not fit each other, or a visible page is not in its table or not in the store.
     """
     B, T, N, H = q_BTNH.shape
     P, K, s, _ = k_PKsH.shape
@@ -243,5 +245,5 @@ def paged_attention(
         B, T, N, K, H, P, s, n, window or 0, scale, cap or 0.0, bf16, torch.get_num_threads(),
     )  # fmt: skip
     missing = _kernels().paged_attention(call)
-    assert missing == 0, f"a table names a page that is not among the {P} of the store"
+    assert missing == 0, f"a visible page is not in its table of {n}, or not among the {P} of the store"
     return out_BTNH

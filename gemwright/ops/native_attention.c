@@ -89,7 +89,8 @@ static void mix(int bf16, int R, const float *weights, i64 page, const void *v, 
     switch (R) { MIX(1) MIX(2) MIX(3) MIX(4) }
 }
 
-/* One job; false where the table names a page that is not there. Rows are pairs of a query and one of its G heads. */
+/* One job; 0 where a visible page is not in the table or not in the store. A row is a query and one
+   of its G heads. */
 static int attend(const PagedAttention *a, const Jobs *jobs, i64 job)
 {
     i64 split = job % jobs->splits, block = job / jobs->splits % jobs->blocks;
@@ -97,7 +98,7 @@ static int attend(const PagedAttention *a, const Jobs *jobs, i64 job)
     i64 G = jobs->G, width = jobs->width, t0 = block * jobs->queries, rows = MIN(jobs->queries, a->T - t0) * G;
     float x[rows * width], out[rows * width], scores[rows * a->page], top[rows], sum[rows];
     const int32_t *pos = a->q_pos + b * a->T + t0;
-    i64 least = INT64_MAX, most = -1;
+    i64 least = INT32_MAX, most = -1;
     for (i64 j = 0; j < rows; j++) {
         i64 start = j / TILE * TILE, query = (b * a->T + t0 + j / G) * a->N + kv * G + j % G;
         pack(at(a->q, query * a->H, a->bf16), a->H, a->bf16, MIN(TILE, rows - start), j - start, x + start * width);
@@ -106,9 +107,10 @@ static int attend(const PagedAttention *a, const Jobs *jobs, i64 job)
         if (pos[j / G] >= 0) least = MIN(least, pos[j / G]), most = MAX(most, pos[j / G]);
     }
     memset(out, 0, sizeof out);
-    i64 oldest = a->window ? MAX(0, least - a->window + 1) : 0;
-    i64 page = MAX(split * jobs->chunk, oldest / a->page - a->first[b]);
-    i64 end = most < 0 ? 0 : MIN(MIN(a->width, (split + 1) * jobs->chunk), most / a->page - a->first[b] + 1);
+    i64 oldest = (a->window ? MAX(0, least - a->window + 1) : 0) / a->page - a->first[b];
+    i64 newest = most < 0 ? -1 : most / a->page - a->first[b]; /* -1: padding alone reads no page */
+    if (most >= 0 && (oldest < 0 || newest >= a->width)) return 0;
+    i64 page = MAX(split * jobs->chunk, oldest), end = MIN((split + 1) * jobs->chunk, newest + 1);
     for (; page < end; page++) {
         i64 base = (a->first[b] + page) * a->page, id = a->table[b * a->width + page];
         i64 next = page + 1 < end ? a->table[b * a->width + page + 1] : id;
@@ -157,11 +159,11 @@ static void merge(const PagedAttention *a, const Jobs *jobs, i64 row)
         put(a->out, row * a->H + h, a->bf16, sum == 0 ? 0 : parts[place(h, a->bf16)] / sum);
 }
 
-/* Causal, windowed, capped attention. Returns 0, or 1 where the table names a page that is not there. */
+/* Causal, windowed, capped attention. Returns 0, or 1 where a visible page is not in its table or not in the store. */
 int paged_attention(const PagedAttention *a)
 {
     Jobs jobs = {.G = a->N / a->K, .width = padded(a->H)};
-    jobs.queries = MIN(a->T, MAX(1, BLOCK / jobs.G));
+    jobs.queries = MAX(1, MIN(a->T, BLOCK / jobs.G));
     jobs.blocks = (a->T + jobs.queries - 1) / jobs.queries;
     i64 tasks = a->B * a->K * jobs.blocks; /* their pages are divided until every thread has about four jobs */
     jobs.chunk = MAX(8, (a->width * tasks + 4 * a->threads - 1) / (4 * a->threads));
