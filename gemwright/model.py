@@ -14,11 +14,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gemwright.cache import Cache
 from gemwright.config import ModelConfig
 from gemwright.ops.attention import Attend, Attention, Visibility, softcap
+from gemwright.ops.gelu import gated_gelu
 from gemwright.ops.norm import RMSNorm
 from gemwright.ops.rope import rope_tables, rotate
 
@@ -60,8 +60,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(Ff, D, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gated_BTF = F.gelu(self.gate_proj(x_BTD), approximate="tanh") * self.up_proj(x_BTD)
-        return self.down_proj(gated_BTF)  # type: ignore[no-any-return]
+        return self.down_proj(gated_gelu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from gemwright.engine.pages import digest
 from gemwright.engine.scheduler import LOCAL, Kind, Plan, Scheduler, Seq, Work
 
-Key = tuple[object, ...] | int
-
 
 class Desk:
     """An engine without a model: runs plans, and checks what every plan and every table must keep."""
@@ -22,8 +20,8 @@ class Desk:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.version = 0
-        self.cache: dict[tuple[Kind, int, int], Key] = {}  # (kind, page, offset) -> key
-        self.keys: dict[Seq, list[Key]] = {}  # of the computed positions
+        self.cache: dict[tuple[Kind, int, int], int] = {}  # (kind, page, offset) -> key
+        self.keys: dict[Seq, list[int]] = {}  # of the computed positions
         self.deadline: dict[Seq, int] = {}  # the step that must compute the first token
         self.steps = 0
         self.seqs: list[Seq] = []
@@ -34,7 +32,7 @@ class Desk:
         self.seqs.append(seq)
         return seq
 
-    def key(self, before: Sequence[Key], seed: bytes, token: int) -> Key:
+    def key(self, before: Sequence[int], seed: bytes, token: int) -> int:
         return hash((before[-1] if before else seed, token, self.version))
 
     def slot(self, seq: Seq, kind: Kind, position: int) -> tuple[Kind, int, int]:
@@ -124,7 +122,7 @@ class Desk:
                 assert other.after and other.after.state != "done" and other.after.computed < other.after.prompt
         most = len(seq.tokens) - 1 if seq.reuse is None or len(seq.tokens) > seq.prompt else seq.reuse
         assert seq.cached == seq.computed <= min(most, len(seq.tokens) - 1)
-        keys: list[Key] = []
+        keys: list[int] = []
         for token in seq.tokens[: seq.cached]:  # what the present weights make of the text
             keys.append(self.key(keys, seq.seed, token))
         self.keys[seq] = keys
@@ -152,7 +150,7 @@ class Desk:
         """What the index finds under the name of a text are the keys of that text."""
         s = self.scheduler
         for seq in self.seqs:
-            name, keys = seq.seed, list[Key]()
+            name, keys = seq.seed, list[int]()
             for at in range(0, len(seq.tokens) - s.page + 1, s.page):
                 name = digest(name, seq.tokens[at : at + s.page])
                 for token in seq.tokens[at : at + s.page]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemwright.ops import native, rope
-from gemwright.ops.attention import EMPTY, Visibility, reference
+from gemwright.ops.attention import EMPTY, Visibility, reference, softcap
+from gemwright.ops.gelu import gated_gelu
 from gemwright.ops.norm import RMSNorm
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -323,3 +324,28 @@ def test_the_kernels_run_in_the_pool_of_torch() -> None:
     assert ours is not None
     one, other = (ctypes.cast(lib.omp_get_max_threads, ctypes.c_void_p).value for lib in (ours, torchs))
     assert one == other
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_arithmetic_is_the_same_with_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm, rotation, gate and cap of the model: in inference they run the kernels, and equal the plain definition."""
+    x, y = (3 * torch.randn(2, 5, 4, 16)).to(dtype), torch.randn(2, 5, 4, 16).to(dtype)
+    norm = RMSNorm(16, 1e-6).to(dtype)
+    tables = rope.rope_tables(torch.arange(5).expand(2, 5) + 1000, 16, 10000.0)
+    calls = [
+        lambda: norm(x),
+        lambda: rope.rotate(x, tables),
+        lambda: gated_gelu(x, y),
+        lambda: softcap(99 * x.float(), 50.0),
+    ]
+    with torch.no_grad():
+        norm.weight.normal_()
+        fast = [call() for call in calls]
+        monkeypatch.setattr(native, "library", lambda: None)
+        plain = [call() for call in calls]
+    for a, b in zip(fast, plain, strict=True):
+        tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-5  # one rounding instead of two
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    with torch.enable_grad():
+        assert not native.serves(x), "a gradient needs plain torch"

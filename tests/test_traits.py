@@ -76,7 +76,7 @@ def _embedding_scale_doubled(a: Gemma2, b: Oracle, patch: Patch) -> None:
 
 
 def _silu(a: Gemma2, b: Oracle, patch: Patch) -> None:
-    patch.setattr("gemwright.model.F.gelu", lambda x, approximate: F.silu(x))
+    patch.setattr("gemwright.model.gated_gelu", lambda gate, up: F.silu(gate) * up)
     for layer in b.model.layers:
         layer.mlp.act_fn = nn.SiLU()
 

@@ -5,8 +5,8 @@ read. Layers of one kind (local, global) share page numbers, so a sequence has t
 forward pass sees it; the model calls `advance` and `write` as on any cache. A slot's position follows from its place
 in the table, so what a page held before is never seen: it lies past the row's end, and counts as EMPTY.
 
-Where the native kernels are there, a pass of short chunks (decoding, drafts) reads the pages where they lie; else
-they are gathered into one tensor per layer, and the model's own backend attends to that.
+Where the native kernels are there, the pages are read where they lie; else they are gathered into one tensor a layer,
+and the model's own backend attends to that.
 
 Legend: B rows, T new tokens, X = B T, n pages of a row, P pages, s = PAGE slots, S = n s, K key/value heads, H head
 dim, D model.
@@ -31,8 +31,8 @@ from gemwright.model import Gemma2
 from gemwright.ops import native
 from gemwright.ops.attention import EMPTY, PADDING, Attend, Visibility
 
-IN_PLACE: Final = 16
-"""Most new tokens of a sequence in a pass that reads pages in place."""
+SHORT: Final = 16
+"""Most tokens of a chunk that is laid out as one row a token, so that chunks of all lengths share a pass unpadded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class PagedCache:
         )
 
     def short(self, tokens: int) -> bool:
-        """Whether a chunk of that many tokens reads its pages in place, each token as a row of its own."""
-        return self.in_place and tokens <= IN_PLACE
+        """Whether a chunk of that many tokens becomes one row a token: its pages must be read where they lie."""
+        return self.in_place and tokens <= SHORT
 
 
 def kinds(config: ModelConfig) -> list[Kind]:
@@ -101,7 +101,7 @@ def read(
         pos = [[*range(c.start, c.start + len(c.tokens))] + [PADDING] * (width - len(c.tokens)) for c in chunks]
     if select is not None:
         select(owners)
-    view = View(cache, [chunks[i] for i in owners], in_place=flat)
+    view = View(cache, [chunks[i] for i in owners])
     tokens_BT, pos_BT = torch.tensor(tokens, device=cache.device), torch.tensor(pos, device=cache.device)
     hidden_BTD = model(tokens_BT, pos_BT, cache=view)
     if flat:
@@ -145,8 +145,8 @@ class View:
 
     attend: Attend | None = None
 
-    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk], *, in_place: bool) -> None:
-        self._cache, self._in_place = cache, in_place
+    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
+        self._cache = cache
         self._ends = [chunk.start + len(chunk.tokens) for chunk in chunks]
         self._places = {
             kind: _Places([chunk.tables[kind] for chunk in chunks], cache.trash[kind], cache.device)
@@ -158,7 +158,7 @@ class View:
         cache = self._cache
         for places in self._places.values():
             places.advance(pos_BT)
-        if self._in_place:
+        if cache.in_place:
             self.attend = partial(self._attend_in_place, pos_BT.int())
             return pos_BT[:, :0], pos_BT[:, :0]  # the kernel reads positions from the tables
         end_B1 = torch.tensor(self._ends, device=cache.device)[:, None]

@@ -68,8 +68,6 @@ class Seq:
     tables: dict[Kind, Table] = field(default_factory=dict)
     """Empty unless running; made anew by each admission."""
     state: Literal["waiting", "running", "done"] = "waiting"
-    owner: object = field(default=None, repr=False)
-    """Whatever the engine wants to find again."""
 
     arrival: int = field(default=-1, repr=False)
     """Place in the order of `add`; this and what follows is the scheduler's."""

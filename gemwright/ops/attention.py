@@ -21,6 +21,8 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from gemwright.ops import native
+
 EMPTY: Final = 2**30
 """Position of an empty cache slot: in the future of every query."""
 PADDING: Final = -1
@@ -32,7 +34,11 @@ T = TypeVar("T")
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(x / cap), or x itself without a cap (arXiv 2408.00118, section 2)."""
-    return x if cap is None else cap * torch.tanh(x / cap)
+    if cap is None:
+        return x
+    if x.dtype == torch.float32 and native.serves(x):
+        return native.softcap(x, cap)
+    return cap * torch.tanh(x / cap)
 
 
 @dataclass(frozen=True, eq=False)

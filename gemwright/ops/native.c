@@ -110,3 +110,17 @@ void gated_gelu(const void *gate, const void *up, void *y, i64 count, int bf16, 
             gated_gelu_part(0, at(gate, i, 0), at(up, i, 0), at(y, i, 0), MIN(DEPTH, count - i));
     }
 }
+
+INLINE void softcap_part(const float *x, float *y, i64 count, float cap)
+{
+#pragma omp simd
+    for (i64 i = 0; i < count; i++)
+        y[i] = cap * hyperbolic_tangent(x[i] / cap);
+}
+/* y = cap * tanh(x / cap). */
+void softcap(const float *x, float *y, i64 count, float cap, int threads)
+{
+#pragma omp parallel for num_threads(count < SMALL / 16 ? 1 : threads)
+    for (i64 i = 0; i < count; i += DEPTH)
+        softcap_part(x + i, y + i, MIN(DEPTH, count - i), cap);
+}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOURCES: Final = ("native.h", "native.c", "native_attention.c")
 FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -57,6 +57,7 @@ _ARGUMENTS: Final = {
     "linear": [*[c_void_p] * 3, *[c_int64] * 3, c_int, c_int],
     "norm": [*[c_void_p] * 4, *[c_int64] * 2, c_float, c_int, c_int],
     "rotate": [*[c_void_p] * 4, *[c_int64] * 3, c_int, c_int],
+    "softcap": [*[c_void_p] * 2, c_int64, c_float, c_int],
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
@@ -136,6 +137,18 @@ def _openmp() -> str:
     raise NativeUnavailable("the file of torch's OpenMP runtime is not mapped")
 
 
+def serves(*tensors: Tensor) -> bool:
+    """Whether a kernel may stand in for plain torch: plain tensors on CPU, one known dtype, no gradient, no tracing."""
+    dtype = tensors[0].dtype
+    return (
+        not torch.is_grad_enabled()
+        and dtype in (torch.bfloat16, torch.float32)
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
 def _kernels() -> ctypes.CDLL:
     loaded = library()
     assert loaded is not None, "native kernels were called where library() is None"
@@ -203,6 +216,15 @@ def gated_gelu(gate_XF: Tensor, up_XF: Tensor) -> Tensor:
         gate_XF.data_ptr(), up_XF.data_ptr(), y_XF.data_ptr(), y_XF.numel(), bf16, torch.get_num_threads()
     )
     return y_XF
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) of fp32 numbers in any shape."""
+    x = x.contiguous()
+    assert not _check(x) and cap > 0, (x.dtype, cap)
+    y = torch.empty_like(x)
+    _kernels().softcap(x.data_ptr(), y.data_ptr(), x.numel(), cap, torch.get_num_threads())
+    return y
 
 
 def paged_attention(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemwright.ops import native
+
 
 def rope_tables(pos_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, [B, T, 1, H] in fp32, of the given positions (padding's -1 is turned like any other)."""
@@ -21,6 +23,8 @@ def rope_tables(pos_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Te
 
 def rotate(x_BTNH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys by their positions' angles, in fp32; the result has the dtype of the input."""
+    if native.serves(x_BTNH):
+        return native.rotate(x_BTNH, tables)
     cos, sin = tables
     left, right = x_BTNH.chunk(2, dim=-1)
     return (x_BTNH * cos + torch.cat((-right, left), dim=-1) * sin).to(x_BTNH.dtype)
