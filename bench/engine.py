@@ -312,9 +312,13 @@ def case(
             times = RUNNERS[name](model, batch, prompt, new)
             result: dict[str, Any] = {"first": times[0], "step": statistics.median(times[1:])}
         else:
-            small = {"linears": lambda: {"seconds": linears(model, batch)}, "turns": lambda: turns(model)}
-            more = {"lookup": lambda: lookup(model, 2 * new), "constrained": lambda: constrained(model, 2 * new)}
-            result = {**small, **more}[name]()
+            others: dict[str, Callable[[], dict[str, float]]] = {
+                "linears": lambda: {"seconds": linears(model, batch)},
+                "turns": lambda: turns(model),
+                "lookup": lambda: lookup(model, 2 * new),
+                "constrained": lambda: constrained(model, 2 * new),
+            }
+            result = others[name]()
     print(json.dumps(result))
 
 

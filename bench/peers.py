@@ -53,13 +53,24 @@ def random_tensors(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str,
         yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def write_gguf(folder: Path) -> Path:
-    """Write a checkpoint's weights as `GGUF_FILE` in its folder: matrices in bf16, norms in fp32, tensor by tensor."""
+def no_tokenizer(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Ids go in, logits come out."""
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config.vocab_size)
+
+
+def write_gguf(
+    folder: Path,
+    name: str = GGUF_FILE,
+    tokenizer: Callable[[gguf.GGUFWriter, ModelConfig], None] = no_tokenizer,
+) -> Path:
+    """Write a checkpoint's weights as `name` in its folder: matrices in bf16, norms in fp32, tensor by tensor."""
     checkpoint = Checkpoint(folder)
     config = ModelConfig.from_hf(checkpoint.config)
-    path, partial = folder / GGUF_FILE, folder / f"{GGUF_FILE}.partial"
+    path, partial = folder / name, folder / f"{name}.partial"
     writer = gguf.GGUFWriter(partial, "gemma2")
     _write_metadata(writer, config)
+    tokenizer(writer, config)
     names = {
         theirs.format(i) + ".weight": ours.format(i) + ".weight"
         for theirs, ours in NAMES["gemma2"].items()
@@ -99,8 +110,6 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
 
 
 def prepare(work: Path, preset: str = "gemma-2-2b", layers: int | None = None) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,6 +117,25 @@ class Tokenizer:
         """
         self.check(ids)
         return self.backend.decode([int(i) for i in ids], skip_special)
+
+    def token_bytes(self, i: int) -> bytes:
+        """What an id adds to a text that has begun; a control token's spelling; b"" where there is no token."""
+        spelled = (self.backend.token(i) or "") if i < self.vocab_size else ""
+        if not spelled or i in self.special_ids:
+            return spelled.encode()
+        ids, cut = self._begun
+        text = self.backend.decode([*ids, i], False)[cut:]
+        if "\ufffd" not in text:
+            return text.encode()
+        if self.backend.is_byte(i):
+            return bytes.fromhex(spelled[3:5])
+        return self.backend.token_bytes(i) if isinstance(self.backend, Library) else text.encode()
+
+    @cached_property
+    def _begun(self) -> tuple[list[int], int]:
+        """Ids of a text that has begun (the start of one has rules of its own), and how many characters they are."""
+        ids = self.backend.encode("a", False)
+        return ids, len(self.backend.decode(ids, False))
 
     def check(self, ids: Iterable[int]) -> None:
         """Raises ValueError for the first id that the vocabulary does not have."""

@@ -92,7 +92,8 @@ class FakeEngine:
         self.running[ident] = [request, 0]
         return ident
 
-    def cancel(self, ident: str) -> None:
+    def cancel(self, ident: str, index: int | None = None) -> None:
+        assert index is None, "one sample of several is for the real engine"
         if self.running.pop(ident, None) is not None:
             self.cancelled.append(ident)
             self.outbox.append(TokenEvent(id=ident, finish="cancelled"))

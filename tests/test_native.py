@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,7 +334,7 @@ def test_the_arithmetic_is_the_same_with_the_kernels(dtype: torch.dtype, monkeyp
     x, y = (3 * torch.randn(2, 5, 4, 16)).to(dtype), torch.randn(2, 5, 4, 16).to(dtype)
     norm = RMSNorm(16, 1e-6).to(dtype)
     tables = rope.rope_tables(torch.arange(5).expand(2, 5) + 1000, 16, 10000.0)
-    calls = [
+    calls: list[Callable[[], Tensor]] = [
         lambda: norm(x),
         lambda: rope.rotate(x, tables),
         lambda: gated_gelu(x, y),

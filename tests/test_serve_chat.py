@@ -226,3 +226,10 @@ def test_openais_client_raises_its_own_errors(api: Any) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         api.chat.completions.create(model="tiny", messages=ASK, temperature=-1)
     assert wrong.value.param == "temperature"
+
+
+def test_turns_as_lm_evaluation_harness_sends_them(http: TestClient, lm: LM) -> None:
+    sent = {"messages": [{**turn, "type": "text"} for turn in ASK], "model": "tiny", "max_tokens": 8, "seed": 1234}
+    answer = http.post(URL, json=sent | {"temperature": 0, "stop": ["\n\n"]})
+    own = lm.generate(ASK, temperature=0, max_new_tokens=8, stop=("\n\n",))
+    assert answer.json()["choices"][0]["message"]["content"] == own.text, answer.text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
 import pytest
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from serve_fixtures import CONTEXT, application, client, tiny
 
@@ -187,3 +188,16 @@ def test_tokens_go_there_and_back(http: TestClient, lm: LM) -> None:
     assert post(http, "/detokenize", tokens=ids)["prompt"] == f"<bos>{TEXT}"
     refused = http.post("/detokenize", json={"tokens": [0, 10**6]})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens"
+
+
+def test_a_sample_that_met_its_stop_string_ends_and_the_others_go_on(http: TestClient, lm: LM) -> None:
+    sampling: dict[str, Any] = {"n": 2, "seed": 4, "temperature": 1.0}
+    plain: Any = lm.generate(TEXT, max_new_tokens=60, min_new_tokens=60, **sampling)
+    texts = [one.text for one in plain]
+    stop = next(texts[0][i : i + 3] for i in range(5, 60) if texts[0][i : i + 3] not in texts[1])
+    worker = cast(FastAPI, http.app).state.worker
+    before = worker.stats.cancelled
+    found = post(http, prompt=TEXT, max_tokens=60, min_tokens=60, stop=stop, **sampling)
+    assert [one["text"] for one in found["choices"]] == [texts[0].partition(stop)[0], texts[1]]
+    assert [one["finish_reason"] for one in found["choices"]] == ["stop", "length"]
+    assert worker.stats.cancelled == before + 1

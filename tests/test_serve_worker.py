@@ -206,6 +206,40 @@ def test_what_is_left_at_the_deadline_is_cancelled() -> None:
     run(scenario)
 
 
+def test_a_request_that_comes_while_the_engine_ends_is_told() -> None:
+    """It waited for ever: its command stayed in the queue of a thread that had gone."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(go=threading.Semaphore(0))
+        async with working(engine, max_failures=1) as worker:
+            await worker.open([request()], streaming=False)
+            late = asyncio.ensure_future(worker.open([request()], streaming=False))
+            await asyncio.sleep(0.05)
+            engine.broken, engine.go = True, None
+            job = await asyncio.wait_for(late, 5)
+            assert [event.finish for _, event in await everything(job)] == ["error"]
+
+    run(scenario)
+
+
+def test_a_request_that_breaks_the_engines_submit_ends_alone() -> None:
+    class Picky(FakeEngine):
+        def submit(self, request: Request) -> str:
+            if len(request.tokens) == 13:
+                raise KeyError("a defect")
+            return super().submit(request)
+
+    async def scenario() -> None:
+        async with working(Picky()) as worker:
+            with pytest.raises(KeyError):
+                await worker.open([request(3), request(13)], streaming=False)
+            async with worker.job([request()]) as job:
+                assert len(await everything(job)) == 4
+            assert not worker._jobs and not worker._routes
+
+    run(scenario)
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_worker() -> None:
     def load() -> Any:
         raise FileNotFoundError("no such folder")

@@ -65,11 +65,11 @@ def losses(out: Path) -> list[float]:
 def test_the_loss_curve_is_that_of_a_plain_loop_over_the_oracle(tmp_path: Path) -> None:
     """Full fine-tuning, fp32: transformers' model in eager mode, torch's AdamW, clipping and cosine schedule by hand.
 
-    One document a row, so that the oracle needs no document mask. Gradients are clipped throughout (norms of 2 to 9).
+    One document a row, so that the oracle needs no document mask. Gradients are clipped throughout (norms of 10 to 17).
     """
     config = options(tmp_path / "run", gradient_accumulation_steps=2, logging_steps=1, save_steps=100)
     assert run(config, packing=False) == "done"
-    theirs = oracle.oracle(oracle.debug(), fixtures.weights(oracle.debug())).requires_grad_(True).train()
+    theirs = oracle.oracle(fixtures.debug(), fixtures.weights(fixtures.debug())).requires_grad_(True).train()
     decayed = [p for p in theirs.parameters() if p.ndim > 1]
     gains = [p for p in theirs.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -80,9 +80,9 @@ def test_the_loss_curve_is_that_of_a_plain_loop_over_the_oracle(tmp_path: Path) 
     expected, norms = [], []
     for _ in range(6):
         batches = [next(loader) for _ in range(2)]
-        count = sum(batch.weights_BT.sum() for batch in batches)
-        total = sum(plain_loss(theirs, batch) for batch in batches) / count
-        total.backward()
+        count = torch.stack([batch.weights_BT.sum() for batch in batches]).sum()
+        total = torch.stack([plain_loss(theirs, batch) for batch in batches]).sum() / count
+        total.backward()  # type: ignore[no-untyped-call]
         norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)))
         optimizer.step()
         schedule.step()
@@ -91,7 +91,9 @@ def test_the_loss_curve_is_that_of_a_plain_loop_over_the_oracle(tmp_path: Path) 
     torch.testing.assert_close(losses(tmp_path / "run"), expected, rtol=0, atol=1e-4)
     logged = [line["grad_norm"] for line in records(tmp_path / "run" / LOG) if "loss" in line]
     torch.testing.assert_close(logged, norms, rtol=1e-4, atol=0)
-    assert expected[0] - expected[-1] > 0.5  # it learns, so the curve tells one optimizer from another
+    with torch.no_grad():  # training matters: without it the last loss is another one
+        untrained = torch.stack([loss(model(), batch)[0] for batch in batches]).sum() / count
+    assert abs(float(untrained) - expected[-1]) > 0.1
     for name, tensor in weights(tmp_path / "run").items():
         torch.testing.assert_close(tensor, theirs.get_parameter(name).data, rtol=0, atol=2e-4)
 
@@ -127,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: LoraConfig
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*arguments)
 
-        part._step = stop_at_3  # type: ignore[method-assign]
+        part._step = stop_at_3  # type: ignore[assignment,method-assign]
         assert part.train() == "terminated"
     assert not (tmp_path / "parts" / "config.json").exists()  # only a finished run delivers
     torch.manual_seed(99)  # whatever the process did before, it does not matter
@@ -146,27 +148,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: LoraConfig
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     """Killed again and again, in the middle of steps and of saves, and resumed: the same bits at the end."""
-    draw = random.Random(0)
-    run(options(tmp_path / "whole", save_steps=1, save_total_limit=2, max_steps=12), evaluate=True)
-    killed, reached = 0, []
-    while not (tmp_path / "killed" / "config.json").exists():
-        config = options(tmp_path / "killed", save_steps=1, save_total_limit=2, max_steps=12, resume=True)
-        process = start(run_evaluated, config)
-        begun = time.monotonic()
-        logged = len(records(tmp_path / "killed" / LOG))
-        while process.is_alive() and len(records(tmp_path / "killed" / LOG)) == logged:
+    changes = {"save_steps": 1, "save_total_limit": 2, "max_steps": 12}
+    run(options(tmp_path / "whole", **changes), evaluate=True)
+    draw, killed, reached = random.Random(0), 0, 0
+    out = tmp_path / "killed"
+    while not (out / "config.json").exists():
+        process = start(run_evaluated, options(out, **changes, resume=True))
+        aim, begun = reached + draw.randint(1, 3), time.monotonic()
+        while process.is_alive() and last_step(out) < aim:
+            assert time.monotonic() - begun < 90
             time.sleep(0.002)
-            assert time.monotonic() - begun < 60
-        process.join(draw.random() * 0.15)  # somewhere after its first record: in a step, in a save, in an evaluation
+        step_seconds = (time.monotonic() - begun) / (aim - reached)
+        process.join(draw.random() * min(step_seconds, 1.0))  # in a step, an evaluation, a save, or between them
         if process.is_alive():
             process.kill()
             killed += 1
         process.join()
-        reached.append(max((int(p.name[11:]) for p in (tmp_path / "killed").glob("checkpoint-*")), default=0))
-        assert len(reached) < 40, reached
-    assert killed >= 2, reached
-    same_bits(tmp_path / "killed" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
-    assert not list((tmp_path / "killed").glob(".*checkpoint-*"))
+        reached = last_step(out)
+    assert killed >= 3
+    same_bits(out / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+    assert not list(out.glob(".*checkpoint-*"))
+
+
+def last_step(out: Path) -> int:
+    return max((int(path.name[11:]) for path in out.glob("checkpoint-*")), default=0)
 
 
 def run_evaluated(config: Any) -> None:
@@ -176,19 +181,21 @@ def run_evaluated(config: Any) -> None:
 def test_two_ranks_agree_with_one_and_resume_each_other(tmp_path: Path) -> None:
     """FSDP2 over gloo, fp32, within 1e-5 of one process; a state of 2 ranks resumes on 1, and one of 1 on 2.
 
-    Odd sizes: 5 layers' norms of 48 and a LoRA rank of 3 do not divide evenly by 2.
+    A LoRA rank of 3 does not divide evenly by 2.
     """
     lora = LoraConfig(rank=3, dropout=0.0)
     one = {"gradient_accumulation_steps": 2, "logging_steps": 1}
     two = {"gradient_accumulation_steps": 1, "logging_steps": 1, "zero_stage": 3}
     short = {"max_steps": 6, "save_steps": 3}
     run(options(tmp_path / "one", **one, **short), evaluate=True)
+    run(options(tmp_path / "one-bf16", **one, **short, dtype="bfloat16"))
     run(options(tmp_path / "one-lora", **one, **short), lora=lora)
     for source, target in (("one", "one-to-two"), ("one-lora", "one-to-two-lora")):
         begin_from(tmp_path / source, tmp_path / target, 3)
     jobs: list[tuple[Any, dict[str, Any]]] = [
         (options(tmp_path / "two", **two, **short), {"evaluate": True}),
         (options(tmp_path / "two-offload", **two, **short, cpu_offload=True), {}),
+        (options(tmp_path / "two-bf16", **two, **short, dtype="bfloat16"), {}),
         (options(tmp_path / "two-lora", **two, **short), {"lora": lora}),
         (options(tmp_path / "one-to-two", **two, **short, resume=True), {"evaluate": True}),
         (options(tmp_path / "one-to-two-lora", **two, **short, resume=True), {"lora": lora}),
@@ -203,6 +210,8 @@ def test_two_ranks_agree_with_one_and_resume_each_other(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, theirs, rtol=0, atol=1e-5)
     for name in ("two-lora", "one-to-two-lora"):
         torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "one-lora"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses(tmp_path / "two-bf16"), losses(tmp_path / "one-bf16"), rtol=0.01, atol=0)
+    assert max(abs(a - b) for a, b in zip(losses(tmp_path / "two-bf16"), expected, strict=True)) > 1e-4  # it is bf16
     evaluations = [
         [line["eval_loss"] for line in records(tmp_path / name / LOG) if "eval_loss" in line] for name in ("one", "two")
     ]
@@ -253,7 +262,7 @@ def test_an_update_that_is_not_finite_is_refused_and_reported(tmp_path: Path, va
             apply(*arguments)
             seen.append({name: p.detach().clone() for name, p in made.named_parameters()})
 
-        made_trainer._apply = watched  # type: ignore[method-assign]
+        made_trainer._apply = watched  # type: ignore[assignment,method-assign]
         assert made_trainer.train() == "done"
     assert all(torch.equal(seen[1][name], seen[0][name]) for name in seen[0])
     assert any(not torch.equal(seen[2][name], seen[1][name]) for name in seen[0])
@@ -278,7 +287,7 @@ def test_the_full_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
     ours.load_state_dict(
         {**weights(tmp_path / "run"), "lm_head.weight": weights(tmp_path / "run")["model.embed_tokens.weight"]}
     )
-    tokens_BT = oracle.tokens(oracle.debug(), 2, 12)
+    tokens_BT = oracle.tokens(fixtures.debug(), 2, 12)
     with torch.no_grad():
         assert oracle.distance(oracle.forward(ours, tokens_BT), oracle.oracle_logits(theirs, tokens_BT)) < 1e-4
     assert "lm_head.weight" not in weights(tmp_path / "run")  # still tied
@@ -326,7 +335,7 @@ def test_compiled_blocks_follow_eager_ones(tmp_path: Path) -> None:
     """With recomputation too; blocks share one compiled code, however many layers there are."""
     from torch._dynamo.utils import counters
 
-    config = oracle.debug(num_hidden_layers=10)
+    config = fixtures.debug(num_hidden_layers=10)
     run(options(tmp_path / "eager", logging_steps=1), made=model(config=config))
     counters.clear()
     run(options(tmp_path / "compiled", logging_steps=1, compile="on"), made=model(config=config))
@@ -334,18 +343,14 @@ def test_compiled_blocks_follow_eager_ones(tmp_path: Path) -> None:
     both = {"compile": "on", "gradient_checkpointing": True}
     run(options(tmp_path / "both", logging_steps=1, **both), made=model(config=config))
     for name in ("compiled", "both"):
-        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-3, atol=0)
 
 
 def test_schedules_have_the_values_of_transformers_and_of_the_papers() -> None:
     assert set(SCHEDULES) == set(get_args(Scheduler))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    for kind, make in {
-        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, 3, 20),
-        "cosine": lambda: transformers.get_cosine_schedule_with_warmup(optimizer, 3, 20),
-        "constant_with_warmup": lambda: transformers.get_constant_schedule_with_warmup(optimizer, 3),
-    }.items():
-        theirs = make()
+    for kind in ("linear", "cosine", "constant_with_warmup"):
+        theirs: Any = transformers.get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=20)
         ours = Schedule(kind, 2.0, 20, warmup=3)
         for update in range(20):
             assert ours.rate(update) == pytest.approx(2.0 * theirs.lr_lambdas[0](update)), (kind, update)
@@ -370,7 +375,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
             )
         )
     run(options(tmp_path / "run", max_steps=2, resume=True, logging_steps=1, save_steps=7))  # free ones: nothing to do
-    run(options(tmp_path / "run", max_steps=1, overwrite_output_dir=True, learning_rate=0.5))
+    run(options(tmp_path / "run", max_steps=1, overwrite_output_dir=True, warmup_steps=0))
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -430,7 +435,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
 
 def test_the_work_of_a_step_is_counted_by_hand() -> None:
     """2 layers, window 8, one document of 10 tokens and one of 3: the keys that each query sees, one by one."""
-    config = oracle.debug(num_hidden_layers=2)
+    config = fixtures.debug(num_hidden_layers=2)
     made = model(config=config)
     D, Ff, N, K, H, V = 48, 96, 4, 2, 16, 384
     batch = Batch(*(torch.zeros(1, 14, dtype=torch.int64) for _ in range(5)))
@@ -460,8 +465,8 @@ def test_the_run_reports_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
     events: Any = EventAccumulator(str(tmp_path / "run" / "runs"))
     events.Reload()
-    told = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert told == pytest.approx([(line["step"], line["loss"]) for line in lines if "loss" in line], rel=1e-6)
+    told = {event.step: event.value for event in events.Scalars("loss")}
+    assert told == pytest.approx({line["step"]: line["loss"] for line in lines if "loss" in line}, rel=1e-6)
     with pytest.raises(ValueError, match=r"report_to: got mlflow, allowed are none, all, tensorboard, wandb"):
         run(options(tmp_path / "other", report_to=("mlflow",)))
 

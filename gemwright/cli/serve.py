@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 from gemwright.cli.options import Count, File, Flag, Loading, Model, Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from gemwright.engine.engine import Engine
     from gemwright.lm import LM
@@ -48,10 +48,10 @@ class Options:
     """Folder or hub name."""
     name: Text = None
     """The model's name in the API; default: the folder's or the hub name."""
-    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of them."""
-    port: Whole = 8000
-    """Port; 0 takes a free one."""
+    host: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """Address to listen on, 0.0.0.0 for all of them; default: 127.0.0.1, in a container of Vertex AI 0.0.0.0."""
+    port: Count = None
+    """Port; 0 takes a free one; default: AIP_HTTP_PORT of the environment (Vertex AI sets it), else 8000."""
     adapter: Texts = ()
     """NAME=FOLDER: serve a PEFT adapter under a model name of its own; may be given several times."""
     rows: Whole = 32
@@ -99,7 +99,8 @@ def run(options: Options) -> int:
         raise ValueError(f"{error.name} is missing; pip install 'gemwright[serve]'") from error
     if (options.certificate is None) != (options.private_key is None):
         raise ValueError("--certificate and --private-key: both or neither")
-    settings = configure(options)
+    host, port = address(options, os.environ)
+    settings = configure(options, os.environ)
     logs.configure(as_json=options.json_logs)
     tracer, shutdown = (tracing.no_tracer, None) if options.otlp is None else tracing.otlp(options.otlp)
     load = loader(options)
@@ -107,9 +108,9 @@ def run(options: Options) -> int:
     try:
         return run_server(
             app,
-            host=options.host,
-            port=options.port,
-            announce=lambda port: banner(options, settings, port),
+            host=host,
+            port=port,
+            announce=lambda port: banner(options, settings, host, port),
             certificate=options.certificate,
             private_key=options.private_key,
         )
@@ -118,12 +119,21 @@ def run(options: Options) -> int:
             shutdown()
 
 
-def configure(options: Options) -> Settings:
+def address(options: Options, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where to listen: as the options say, else as Vertex AI does. ValueError for a port that is none."""
+    given = environment.get("AIP_HTTP_PORT")
+    if given is not None and not given.isdecimal():
+        raise ValueError(f"AIP_HTTP_PORT: got {given!r}, allowed is a port")
+    port = options.port if options.port is not None else int(given or 8000)
+    return options.host or ("127.0.0.1" if given is None else "0.0.0.0"), port
+
+
+def configure(options: Options, environment: Mapping[str, str]) -> Settings:
     """The server's settings. Raises ValueError for what does not fit together."""
     from gemwright.serve.settings import ENVIRONMENT, Settings, read_keys
 
-    keys = read_keys(options.api_key_file, os.environ.get(ENVIRONMENT))
-    local = options.host in ("127.0.0.1", "::1", "localhost")
+    keys = read_keys(options.api_key_file, environment.get(ENVIRONMENT))
+    local = address(options, environment)[0] in ("127.0.0.1", "::1", "localhost")
     return Settings(
         name=options.name or served_name(options.model),
         keys=keys,
@@ -134,6 +144,8 @@ def configure(options: Options) -> Settings:
         max_waiting_tokens=options.max_waiting_tokens,
         max_body=options.max_body,
         drain_seconds=options.drain_seconds,
+        predict_route=environment.get("AIP_PREDICT_ROUTE"),
+        health_route=environment.get("AIP_HEALTH_ROUTE"),
     )
 
 
@@ -169,11 +181,11 @@ def split_adapter(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def banner(options: Options, settings: Settings, port: int) -> None:
+def banner(options: Options, settings: Settings, host: str, port: int) -> None:
     """Where the server listens and who may ask, to stderr."""
     scheme = "http" if options.certificate is None else "https"
-    host = "localhost" if options.host in ("127.0.0.1", "::1") else options.host
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    shown = "localhost" if host in ("127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
+    url = f"{scheme}://{shown}:{port}"
     keys = (
         f"{len(settings.keys)} API keys" if settings.keys else "no API keys: everybody who reaches the port is served"
     )

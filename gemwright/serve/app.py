@@ -30,11 +30,14 @@ from gemwright.serve.errors import ApiError, ErrorBody, from_validation, interna
 from gemwright.serve.gate import Gate, attended
 from gemwright.serve.logs import request_id
 from gemwright.serve.metrics import Meters
+from gemwright.serve.responses import Responses, ResponsesBody
 from gemwright.serve.schema import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from gemwright.serve.service import Service
 from gemwright.serve.settings import Settings
-from gemwright.serve.stream import EventStream
+from gemwright.serve.stream import Asked, EventStream
+from gemwright.serve.tgi import Generate, GenerateBody, info
 from gemwright.serve.tracing import Tracer, no_tracer
+from gemwright.serve.vertex import PredictBody, predict
 from gemwright.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -75,11 +78,20 @@ def create_app(load: Callable[[], tuple[LM, Engine]], settings: Settings, *, tra
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.include_router(api(Service(worker, settings)))
-    app.include_router(health(worker, meters))
+    service = Service(worker, settings)
+    app.include_router(api(service))
+    app.include_router(tgi(service))
+    app.include_router(health(worker, meters, settings))
+    if settings.predict_route is not None:
+        app.include_router(vertex(service, settings.predict_route))
     pages = page()
     app.include_router(pages)
-    public = {"/health", "/ready", *(route.path for route in pages.routes if isinstance(route, APIRoute))}
+    public = {
+        "/health",
+        "/ready",
+        settings.health_route or "/ready",
+        *(route.path for route in pages.routes if isinstance(route, APIRoute)),
+    }
     public |= set() if settings.metrics_key else {"/metrics"}
     app.add_middleware(Gate, settings=settings, meters=meters, tracer=tracer, open_paths=public)
     if settings.origins:
@@ -104,6 +116,10 @@ def api(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, http: HttpRequest) -> Response:
         return await _generate(Completions(service, body, _ident()), http)
+
+    @router.post("/v1/responses")
+    async def responses(body: ResponsesBody, http: HttpRequest) -> Response:
+        return await _generate(Responses(service, body, _ident()), http)
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, http: HttpRequest) -> Response:
@@ -139,7 +155,37 @@ def api(service: Service) -> APIRouter:
     return router
 
 
-def health(worker: Worker, meters: Meters) -> APIRouter:
+def tgi(service: Service) -> APIRouter:
+    """Text Generation Inference's routes."""
+    router = APIRouter()
+
+    @router.post("/generate")
+    async def generate(body: GenerateBody, http: HttpRequest) -> Response:
+        return await _generate(Generate(service, body, stream=False), http)
+
+    @router.post("/generate_stream")
+    async def generate_stream(body: GenerateBody, http: HttpRequest) -> Response:
+        return await _generate(Generate(service, body, stream=True), http)
+
+    @router.get("/info")
+    async def about() -> dict[str, Any]:
+        return info(service)
+
+    return router
+
+
+def vertex(service: Service, route: str) -> APIRouter:
+    """Vertex AI's prediction route."""
+    router = APIRouter()
+
+    @router.post(route)
+    async def predictions(body: PredictBody, http: HttpRequest) -> Response:
+        return JSONResponse(await attended(http.receive, predict(service, body, _ident())))
+
+    return router
+
+
+def health(worker: Worker, meters: Meters, settings: Settings) -> APIRouter:
     """Alive, ready, and what is measured."""
     router = APIRouter()
     meters.watch(lambda: worker.stats)
@@ -152,6 +198,9 @@ def health(worker: Worker, meters: Meters) -> APIRouter:
     async def ready() -> Response:
         headers = None if worker.state == "ready" else {"Retry-After": "5"}
         return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503, headers)
+
+    if settings.health_route not in (None, "/health", "/ready"):
+        router.add_api_route(settings.health_route, ready, methods=["GET"])
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -178,14 +227,14 @@ def page() -> APIRouter:
     return router
 
 
-async def _generate(asked: Chat | Completions, http: HttpRequest) -> Response:
+async def _generate(asked: Asked, http: HttpRequest) -> Response:
     """Run a request for text: as a stream of events, or whole."""
     worker, body = asked.service.worker, asked.body
     requests = await asked.prepare()
     job = await worker.open(requests, streaming=body.stream, field=asked.field)
     report = partial(asked.service.report, http.scope, body, job, asked.samples)
     if body.stream:
-        return EventStream(worker, job, asked.chunks(job), report)
+        return EventStream(asked, job, report)
     try:
         return JSONResponse(await attended(http.receive, asked.whole(job)))
     finally:
@@ -239,4 +288,6 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
     status = error.status_code
     said = {404: f"no such path: {http.url.path:.200}", 405: f"{http.method} is not allowed here"}
-    return ApiError(status, said.get(status, "body: not JSON that can be read"), headers=error.headers).response()
+    code = None if status in said else "bad_json"
+    message = said.get(status, "body: not JSON that can be read")
+    return ApiError(status, message, code=code, headers=error.headers).response()

@@ -20,6 +20,7 @@ from gemwright.serve.errors import ApiError, invalid
 from gemwright.serve.replies import Sample, chat_logprobs, follow, usage
 from gemwright.serve.schema import ChatBody, Message
 from gemwright.serve.service import Service
+from gemwright.serve.stream import DONE, data
 from gemwright.serve.worker import Job
 
 
@@ -27,6 +28,8 @@ class Chat:
     """One request: its samples, and the answer in the making."""
 
     field: Final = "messages"
+    done: Final = DONE
+    frame = staticmethod(data)
 
     def __init__(self, service: Service, body: ChatBody, ident: str) -> None:
         self.service, self.body = service, body

@@ -17,6 +17,7 @@ from gemwright.serve.errors import invalid
 from gemwright.serve.replies import LegacyLogprobs, Sample, follow, usage
 from gemwright.serve.schema import CompletionBody
 from gemwright.serve.service import Service
+from gemwright.serve.stream import DONE, data
 from gemwright.serve.worker import Job
 
 
@@ -24,6 +25,8 @@ class Completions:
     """One request: its prompts, its samples, and the answer in the making."""
 
     field: Final = "prompt"
+    done: Final = DONE
+    frame = staticmethod(data)
 
     def __init__(self, service: Service, body: CompletionBody, ident: str) -> None:
         self.service, self.body = service, body

@@ -51,6 +51,14 @@ class ApiError(HTTPException):
         super().__init__(status, message, dict(headers or {}))
         self.param, self.code = param, code
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same for a route that calls its fields otherwise."""
+        name = re.split(r"[.\[]", self.param or "", maxsplit=1)[0]
+        if name not in names:
+            return self
+        message = str(self.detail).removeprefix(f"{self.param}: ")
+        return ApiError(self.status_code, f"{names[name]}: {message}", param=names[name], code=self.code)
+
     @property
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error"

@@ -31,6 +31,8 @@ App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 _IDENT: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _PORT: Final = re.compile(r":\d+$")
+CLOSE: Final = {"Connection": "close"}
+"""With an answer to a body that is not read to its end: the connection cannot be used again."""
 
 
 class Gone(Exception):
@@ -114,7 +116,8 @@ class Gate:
                     if not event.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {seconds:g} s", code="body_timeout") from None
+            said = f"the body did not come within {seconds:g} s"
+            raise ApiError(408, said, code="body_timeout", headers=CLOSE) from None
 
     def _report(self, scope: Event, status: int, seconds: float, fields: dict[str, Any], span: Span | None) -> None:
         route = getattr(scope.get("route"), "path", None) or ("page" if status < 400 else "none")
@@ -157,9 +160,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _too_large(limit: int) -> ApiError:
-    # what is left of the body is not read, so the connection cannot be used again
-    said = f"body: larger than the {limit} bytes allowed"
-    return ApiError(413, said, code="body_too_large", headers={"Connection": "close"})
+    return ApiError(413, f"body: larger than the {limit} bytes allowed", code="body_too_large", headers=CLOSE)
 
 
 async def attended(receive: Receive, work: Awaitable[Any]) -> Any:

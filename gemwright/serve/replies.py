@@ -17,7 +17,6 @@ from gemwright.serve.errors import internal, unavailable
 from gemwright.serve.logs import request_id
 from gemwright.serve.worker import Job
 from gemwright.tokenizer import TextStream, Tokenizer
-from gemwright.tokenizer_backends import Library
 
 
 class Texts:
@@ -25,32 +24,17 @@ class Texts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._anchor = tokenizer.backend.encode("a", False)  # the start of a text has rules of its own
-        self._cut = len(tokenizer.backend.decode(self._anchor, False))
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def __call__(self, i: int) -> tuple[str, bytes]:
         if i not in self._known:
-            raw = self._bytes(i)
+            raw = self._tokenizer.token_bytes(i)
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
                 text = "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
             self._known[i] = text, raw
         return self._known[i]
-
-    def _bytes(self, i: int) -> bytes:
-        """What a token adds to a text; the spelling of a control token; nothing past the vocabulary."""
-        backend = self._tokenizer.backend
-        spelled = (backend.token(i) or "") if i < self._tokenizer.vocab_size else ""
-        if not spelled or i in self._tokenizer.special_ids:
-            return spelled.encode()
-        text = backend.decode([*self._anchor, i], False)[self._cut :]
-        if "\ufffd" not in text:
-            return text.encode()
-        if backend.is_byte(i):
-            return bytes.fromhex(spelled[3:5])
-        return backend.token_bytes(i) if isinstance(backend, Library) else text.encode()
 
 
 class Sample:
@@ -101,6 +85,8 @@ async def follow(job: Job, samples: Samples) -> AsyncIterator[dict[tuple[int, in
             key = number, event.index
             if not samples[key].done:
                 pieces[key] = pieces.get(key, "") + samples[key].push(event)
+                if samples[key].done and event.finish is None:  # a stop string, which the engine does not know
+                    job.stop(key)
         yield pieces
 
 

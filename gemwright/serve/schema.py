@@ -21,6 +21,7 @@ TOOLS: Final = 128
 
 TokenId = Annotated[int, Field(ge=0, le=ID_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 StopText = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 
 
@@ -146,6 +147,8 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    type: Literal["text", "message"] | None = None
+    """What lm-evaluation-harness and the Responses API put into a turn; it says nothing more."""
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")

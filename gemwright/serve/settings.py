@@ -59,6 +59,10 @@ class Settings:
     hosts: tuple[str, ...] = ()
     """Host names under which the server answers; none: any. Keeps a foreign page from reaching a server on loopback
     through a name that it makes resolve there (DNS rebinding)."""
+    predict_route: str | None = None
+    """Path of Vertex AI's predictions; None: no such route."""
+    health_route: str | None = None
+    """Path at which Vertex AI asks for readiness."""
     max_requests: int = 256
     """Samples accepted at a time, running and waiting."""
     max_waiting_tokens: int = 131_072
@@ -82,5 +86,9 @@ class Settings:
         for name in ("body_seconds", "stall_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed is > 0")
+        for name in ("predict_route", "health_route"):
+            route = getattr(self, name)
+            if route is not None and not (route.startswith("/") and not set(route) & set("{}?#")):
+                raise ValueError(f"{name}: got {route!r}, allowed is a path that begins with /")
         if not self.drain_seconds >= 0:
             raise ValueError(f"drain_seconds: got {self.drain_seconds!r}, allowed is >= 0")

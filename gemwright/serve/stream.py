@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final, Protocol
 
 from fastapi.responses import Response
 
+from gemwright.engine.request import Request
 from gemwright.serve.errors import ApiError, internal
 from gemwright.serve.gate import Event, Gone, Receive, Send, attended
 from gemwright.serve.logs import request_id
-from gemwright.serve.worker import Job, Lagging, Worker
+from gemwright.serve.replies import Samples
+from gemwright.serve.schema import Controls
+from gemwright.serve.service import Service
+from gemwright.serve.worker import Job, Lagging
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +34,39 @@ def data(value: Any) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+class Asked(Protocol):
+    """A request for text on some route, and its answer in the making."""
+
+    @property
+    def service(self) -> Service: ...
+    @property
+    def body(self) -> Controls: ...
+    @property
+    def field(self) -> str:
+        """What the route calls its input, for errors."""
+
+    @property
+    def samples(self) -> Samples: ...
+    async def prepare(self) -> Sequence[Request]: ...
+    async def whole(self, job: Job) -> dict[str, Any]: ...
+    def chunks(self, job: Job) -> AsyncIterator[dict[str, Any]]: ...
+    def frame(self, event: Any, /) -> bytes:
+        """A chunk, or an error, as it goes over the wire."""
+
+    @property
+    def done(self) -> bytes:
+        """What ends a stream that went well."""
+
+
 class EventStream(Response):
-    """Sends `chunks` as they come; closes the job and calls `at_end`, whichever side ends it."""
+    """Sends chunks as they come; closes the job and calls `at_end`, whichever side ends it."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, worker: Worker, job: Job, chunks: AsyncIterator[dict[str, Any]], at_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, asked: Asked, job: Job, at_end: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._worker, self._job, self._chunks, self._at_end = worker, job, chunks, at_end
+        self._asked, self._worker, self._job, self._at_end = asked, asked.service.worker, job, at_end
         self._quiet = True
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
@@ -52,20 +78,20 @@ class EventStream(Response):
             self._at_end()
 
     async def _write(self, send: Send) -> None:
-        last = DONE
+        last, frame = self._asked.done, self._asked.frame
         pings = asyncio.ensure_future(self._ping(send))
         try:
-            async for chunk in self._chunks:
+            async for chunk in self._asked.chunks(self._job):
                 self._quiet = False
-                await self._put(send, data(chunk))
+                await self._put(send, frame(chunk))
         except Gone:
             raise
         except (ApiError, Lagging) as error:
             log.warning("a stream ended early: %s", error)
-            last = data(error.body if isinstance(error, ApiError) else ApiError(429, str(error)).body)
+            last = frame(error.body if isinstance(error, ApiError) else ApiError(429, str(error)).body)
         except Exception:
             log.exception("a stream failed")
-            last = data(internal(request_id.get() or "none").body)
+            last = frame(internal(request_id.get() or "none").body)
         finally:
             pings.cancel()
         await self._put(send, last, more=False)

@@ -47,8 +47,16 @@ class Lagging(Exception):
 class Job:
     """Requests accepted together and what has come of them. All methods but `__init__` run on the event loop."""
 
-    def __init__(self, requests: Sequence[Request], meters: Meters, backlog: int | None) -> None:
-        self.requests = requests
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        meters: Meters,
+        backlog: int | None,
+        *,
+        accepted: asyncio.Future[None],
+        cancel: Callable[[Job, int, int], None],
+    ) -> None:
+        self.requests, self.accepted = requests, accepted
         self.idents: list[str] = []
         """The engine's names of the requests; written by the worker's thread."""
         self.open = {(number, i) for number, request in enumerate(requests) for i in range(request.params.n)}
@@ -59,7 +67,7 @@ class Job:
         self.unread_prompt = sum(len(request.tokens) for request in requests)
         self._waiting = dict(enumerate(requests))
         self._last: dict[tuple[int, int], float] = {}
-        self._meters, self._backlog = meters, backlog
+        self._meters, self._backlog, self._cancel = meters, backlog, cancel
         self._mail: Batch = []
         self._arrived = asyncio.Event()
         self._lagging = False
@@ -73,6 +81,10 @@ class Job:
             raise Lagging(f"the reader is more than {self._backlog} tokens behind")
         batch, self._mail = self._mail, []
         return batch
+
+    def stop(self, key: tuple[int, int]) -> None:
+        """End one sample of which nothing more is wanted."""
+        self._cancel(self, *key)
 
     def deliver(self, batch: Batch, now: float) -> int:
         """Take a step's events in; how many prompt tokens wait no longer."""
@@ -100,6 +112,7 @@ class Job:
 
     def end(self, finish: Literal["cancelled", "error"], reason: str) -> int:
         """End what is open, for an engine that no longer answers or may not be waited for; returns as `deliver`."""
+        _settle(self.accepted, None)
         rest = [(number, TokenEvent(id="", index=i, finish=finish, error=reason)) for number, i in sorted(self.open)]
         return self.deliver(rest, time.monotonic())
 
@@ -165,10 +178,11 @@ class Worker:
 
     async def open(self, requests: Sequence[Request], *, streaming: bool, field: str = "prompt") -> Job:
         """As `job`; whoever opens must `close`. `field` names the input in errors."""
-        job = Job(requests, self.meters, self.settings.backlog if streaming else None)
-        self._admit(job)
         accepted: asyncio.Future[None] = self._loop.create_future()
-        self._commands.put(partial(self._submit, job, accepted))
+        backlog = self.settings.backlog if streaming else None
+        job = Job(requests, self.meters, backlog, accepted=accepted, cancel=self._stop)
+        self._admit(job)
+        self._commands.put(partial(self._submit, job))
         try:
             await accepted
         except ValueError as error:
@@ -190,6 +204,9 @@ class Worker:
             self._commands.put(partial(self._cancel, job))
         if not self._jobs:
             self._idle.set()
+
+    def _stop(self, job: Job, number: int, index: int) -> None:
+        self._commands.put(lambda engine: engine.cancel(job.idents[number], index))
 
     def _admit(self, job: Job) -> None:
         _ = self.loaded
@@ -270,17 +287,17 @@ class Worker:
         self._step(engine)
         return True
 
-    def _submit(self, job: Job, accepted: asyncio.Future[None], engine: Engine) -> None:
+    def _submit(self, job: Job, engine: Engine) -> None:
         try:
             for number, request in enumerate(job.requests):
                 ident = engine.submit(request)
                 job.idents.append(ident)
                 self._routes[ident] = _Route(job, number, request.params.n)
-        except ValueError as error:
+        except Exception as error:  # a request that the engine cannot even take in ends alone
             self._cancel(job, engine)
-            self._tell(_settle, accepted, error)
+            self._tell(_settle, job.accepted, error)
         else:
-            self._tell(_settle, accepted, None)
+            self._tell(_settle, job.accepted, None)
 
     def _cancel(self, job: Job, engine: Engine) -> None:
         for ident in job.idents:
@@ -320,8 +337,8 @@ class Worker:
         return events
 
 
-def _settle(accepted: asyncio.Future[None], error: ValueError | None) -> None:
-    if accepted.done():  # the one who asked has gone
+def _settle(accepted: asyncio.Future[None], error: Exception | None) -> None:
+    if accepted.done():  # the one who asked has gone, or was told that the worker ended
         return
     if error is None:
         accepted.set_result(None)

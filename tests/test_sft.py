@@ -1,0 +1,300 @@
+"""Fine-tuning and pre-training from the command line: what goes in, what comes out, and PEFT as an oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import folder_fixtures
+import oracle
+import pytest
+import torch
+import train_fixtures as fixtures
+import yaml
+from safetensors.torch import load_file
+from test_trainer import last_step, losses, plain_loss, same_bits, weights
+
+from gemwright.adapter import LoraConfig, load_adapter
+from gemwright.cli import fuse as fuse_cli
+from gemwright.cli import pretrain as pretrain_cli
+from gemwright.cli import sft as sft_cli
+from gemwright.cli.yaml_flags import expand
+from gemwright.config import ModelConfig
+from gemwright.data.loader import Batching, Loader
+from gemwright.loader import load_model
+from gemwright.lora import LoRALinear, add_lora
+from gemwright.tokenizer import Tokenizer
+from gemwright.train.card import push
+from gemwright.train.progress import LOG, records
+from gemwright.train.sft import sft
+from gemwright.train.state import STATE
+
+CPU = torch.device("cpu")
+WORDS = "The capital of France is Paris and of Italy Rome hello how are you fine thank".split()
+RELEASE = (
+    '--dataset_text_field="text" --per_device_train_batch_size 1 --per_device_eval_batch_size 1 '
+    "--gradient_accumulation_steps 4 --learning_rate 2e-4 --report_to none --bf16 --max_seq_length 1024 --lora_r 16 "
+    "--lora_alpha 32 --lora_target_modules q_proj k_proj v_proj o_proj --load_in_4bit --use_peft "
+    '--attn_implementation "eager" --logging_steps=10 --gradient_checkpointing'
+)
+"""The command line of Gemma 2's release post, without model, data and output."""
+
+
+def chats(path: Path, count: int = 12) -> Path:
+    """Conversations of one or two turns, each row different."""
+    rows = []
+    for i in range(count):
+        turns = [
+            {"role": role, "content": " ".join(WORDS[(i + k + j) % len(WORDS)] for j in range(2 + i % 4))}
+            for k in range(1 + i % 2)
+            for role in ("user", "assistant")
+        ]
+        rows.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder_fixtures.gemma2(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def run_sft(base: Path, data: Path, out: Path, flags: str) -> int:
+    line = ["--model_name", str(base), "--dataset_name", str(data), "--output_dir", str(out), *shlex.split(flags)]
+    return sft_cli.run(sft_cli.parse(line))
+
+
+def test_the_lora_loss_curve_is_pefts(tmp_path: Path) -> None:
+    """transformers in eager mode with peft's LoRA from the same first factors, torch's AdamW and a linear schedule."""
+    peft = pytest.importorskip("peft")
+    config = fixtures.debug()
+    lora = LoraConfig(rank=4, alpha=12, targets="attention")
+    made = fixtures.model(lora)
+    first = {n: m.lora_A.detach().clone() for n, m in made.named_modules() if isinstance(m, LoRALinear)}
+    options = fixtures.options(
+        tmp_path / "run", logging_steps=1, lr_scheduler_type="linear", max_grad_norm=0.5, learning_rate=1e-2
+    )
+    fixtures.run(options, made=made, lora=lora, packing=False)
+    theirs: Any = oracle.oracle(config, fixtures.weights(config))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
+    for name, factor in first.items():
+        theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.data.copy_(factor)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, eps=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 2 if t < 2 else (6 - t) / 4)
+    loader = Loader(fixtures.documents(), Batching(length=fixtures.LENGTH, rows=2, seed=3, packing=False), epochs=None)
+    expected = []
+    for _ in range(6):
+        batch = next(loader)
+        loss = plain_loss(theirs, batch) / batch.weights_BT.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        expected.append(float(loss.detach()))
+    torch.testing.assert_close(losses(tmp_path / "run"), expected, rtol=0, atol=1e-4)
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    for name, tensor in peft.get_peft_model_state_dict(theirs).items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_the_release_posts_command_line_runs(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands but for load_in_4bit; the adapter loads, and `fuse` gives a model of the same logits."""
+    out = tmp_path / "out"
+    flags = RELEASE.replace("--load_in_4bit ", "")
+    assert run_sft(base, chats(tmp_path / "chats.jsonl"), out, f"{flags} --max_steps 2 --logging_steps 1") == 0
+    assert "attn_implementation: eager, computed exactly" in capsys.readouterr().err
+    adapter = load_adapter(out)
+    assert adapter.config.rank == 16 and adapter.config.alpha == 32
+    assert {name.rpartition(".")[2] for name in adapter.factors} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert any(b.abs().max() > 0 for _, b in adapter.factors.values())
+    card = (out / "README.md").read_text()
+    assert 'library_name: "peft"' in card and f'base_model: "{base}"' in card and "chats.jsonl" in card
+    fused = tmp_path / "fused"
+    assert fuse_cli.run(fuse_cli.Options(base=str(base), adapter=str(out), out=str(fused))) == 0
+    with_adapter = load_model(base, device=CPU, pack=False)
+    add_lora(with_adapter, adapter)
+    with_adapter.eval()  # fresh modules are in training mode, with dropout
+    tokens_BT = oracle.tokens(with_adapter.config, 2, 12)
+    applied, folded = (oracle.forward(m, tokens_BT) for m in (with_adapter, load_model(fused, device=CPU, pack=False)))
+    plain = oracle.forward(load_model(base, device=CPU, pack=False), tokens_BT)
+    assert oracle.relative(folded, applied) < 1e-4 < oracle.relative(plain, applied)
+
+
+def test_four_bits_are_refused_where_there_are_none(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="load_in_4bit: this version has no NF4"):
+        run_sft(base, chats(tmp_path / "chats.jsonl"), tmp_path / "out", f"{RELEASE} --max_steps 1")
+    with pytest.raises(SystemExit):
+        run_sft(base, tmp_path / "chats.jsonl", tmp_path / "out", "--load_in_4bit")
+    assert "load_in_4bit: given without use_peft" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_learns_its_data_and_keeps_the_head_tied(base: Path, tmp_path: Path) -> None:
+    """Packed chats, evaluated on themselves; the delivered folder is a chat model with the base's configs."""
+    data = chats(tmp_path / "chats.jsonl")
+    flags = (
+        f"--eval_dataset_name {data} --num_train_epochs 25 --packing --max_seq_length 96 --learning_rate 3e-3 "
+        "--per_device_train_batch_size 2 --lr_scheduler_type wsd --warmup_ratio 0.1 --save_steps 1000 --logging_steps 5"
+    )
+    assert run_sft(base, data, tmp_path / "out", flags) == 0
+    lines = records(tmp_path / "out" / LOG)
+    assert lines[0]["loss"] > 6.0
+    assert next(line["eval_loss"] for line in lines if "eval_loss" in line) < 2.5
+    assert "lm_head.weight" not in weights(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
+
+
+def test_bad_input_is_refused_before_anything_is_trained(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = chats(tmp_path / "bad.jsonl", 1)
+    data.write_text(data.read_text() + '\n{"text": "x"}')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: .*mixed columns"):
+        run_sft(base, data, tmp_path / "out", "")
+    for flags, message in {
+        "--max_seq_length 0": "max_seq_length: got 0",
+        "--gradient_accumulation_steps 0": "gradient_accumulation_steps: got 0",
+        "--warmup_ratio 1.5": "warmup_ratio: got 1.5",
+    }.items():
+        with pytest.raises(SystemExit):
+            run_sft(base, data, tmp_path / "out", flags)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"lm_head"):
+        run_sft(base, chats(data), tmp_path / "out", "--use_peft --lora_target_modules lm_head")
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_file_of_options_and_flags_are_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    options = {
+        "model_name_or_path": "base", "dataset_name": "rows.jsonl", "output_dir": "out", "learning_rate": 1e-4,
+        "bf16": True, "packing": False, "lora_target_modules": ["q_proj", "v_proj"], "max_steps": None,
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(options))
+    # 2e-5 is the default: given after the file it wins all the same
+    config = sft_cli.parse(["--config", str(file), "--learning_rate", "2e-5", "--max_length", "64"])
+    assert (config.model_name, config.learning_rate, config.bf16, config.packing) == ("base", 2e-5, True, False)
+    assert (config.lora_target_modules, config.max_seq_length, config.max_steps) == (("q_proj", "v_proj"), 64, None)
+    assert sft_cli.parse([f"--config={file}"]).learning_rate == 1e-4
+    for text, message in {
+        "- a\n": "holds list, allowed is one object",
+        "a: {b: c}": "a is {'b': 'c'}, allowed is",
+        "a: [": "not YAML",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            expand(["--config", str(file)])
+    with pytest.raises(ValueError, match="--config: got no file"):
+        expand(["--config"])
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "tokenised"])
+def test_pretraining_from_a_shape_and_its_resumption(base: Path, tmp_path: Path, streaming: bool) -> None:
+    """Fresh weights start at the uniform loss; a run resumed from its first checkpoint ends in the same bits."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": " ".join(WORDS[i % 7 :])}) for i in range(30)))
+    shape = tmp_path / "shape.yaml"
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape.write_text(yaml.safe_dump({**small, "num_key_value_heads": 1, "head_dim": 16, "dtype": "float32"}))
+    line = (
+        f"--model_config {shape} --tokenizer {base} --dataset_name {text} --output_dir {{}} --max_seq_length 32 "
+        "--per_device_train_batch_size 2 --max_steps 6 --save_steps 3 --logging_steps 1 --learning_rate 1e-3 --resume"
+    ) + " --streaming" * streaming
+
+    def run(out: Path) -> int:
+        return pretrain_cli.run(pretrain_cli.parse(shlex.split(line.format(out))))
+
+    assert run(tmp_path / "whole") == 0
+    size = Tokenizer.load(base).vocab_size
+    assert losses(tmp_path / "whole")[0] == pytest.approx(math.log(size), abs=0.1)
+    gains = {name: t for name, t in weights(tmp_path / "whole" / "checkpoint-3").items() if t.ndim == 1}
+    assert all(0 < t.abs().max() < 0.01 for t in gains.values())  # from the identity, 3 updates of at most 1e-3
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    assert run(tmp_path / "again") == 0
+    same_bits(tmp_path / "again" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6")
+    assert load_model(tmp_path / "whole", device=CPU, pack=False).config.vocab_size == size
+    if not streaming:
+        (tmp_path / "text.jsonl").write_text(json.dumps({"text": "other words"}))
+        with pytest.raises(ValueError, match=r"data was .*, is "):
+            run(tmp_path / "again")
+
+
+def test_a_shape_must_have_room_for_the_tokens(base: Path, tmp_path: Path) -> None:
+    from gemwright.train.pretrain import read_config
+
+    tokenizer = Tokenizer.load(base)
+    assert read_config("debug", tokenizer).vocab_size == tokenizer.vocab_size
+    raw = {**ModelConfig.preset("debug").to_hf(), "vocab_size": 300}
+    (tmp_path / "shape.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"vocab_size: got 300, the tokenizer has {tokenizer.vocab_size}"):
+        read_config(str(tmp_path / "shape.json"), tokenizer)
+    with pytest.raises(ValueError, match="preset: got 'huge'"):
+        read_config("huge", tokenizer)
+
+
+def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, tokenizer and card; neither checkpoints nor their state nor the tokenised data."""
+    import huggingface_hub
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    files = "README.md model.safetensors config.json log.jsonl checkpoint-3/model.safetensors".split()
+    files += "checkpoint-3/state/model-00001-of-00001.safetensors tokens/a/shard-0.bin tokens/a/shard-0.json".split()
+    called: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, name: str, **options: Any) -> Any:
+            called["repo"] = (name, options)
+            return type("Url", (), {"repo_id": f"me/{name}"})()
+
+        def upload_folder(self, **options: Any) -> Any:
+            allow, ignore = options["allow_patterns"], options["ignore_patterns"]
+            called["files"] = list(filter_repo_objects(files, allow_patterns=allow, ignore_patterns=ignore))
+            return type("Info", (), {"repo_url": "https://hub/me"})()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push(tmp_path / "poet", None, private=True) == "me/poet"
+    assert called["repo"] == ("poet", {"private": True, "exist_ok": True})
+    assert called["files"] == files[:4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_ranks_that_agree_with_one(base: Path, tmp_path: Path, launcher: str) -> None:
+    """`torchrun` and `accelerate launch` over the command line, two processes against one."""
+    data = chats(tmp_path / "chats.jsonl")
+    shared = [
+        "--model_name", str(base), "--dataset_name", str(data), "--max_steps", "3", "--logging_steps", "1",
+        "--learning_rate", "1e-3", "--adam_epsilon", "1e-4", "--dtype", "float32", "--device", "cpu",
+    ]  # fmt: skip
+    one = [*shared, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
+    assert sft(sft_cli.parse(one)) == "done"
+    script = tmp_path / "launched.py"
+    script.write_text("import sys\nfrom gemwright.cli import sft\nsys.exit(sft.run(sft.parse(sys.argv[1:])))\n")
+    start = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+    }[launcher]  # fmt: skip
+    two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *start, str(script), *two], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_step(tmp_path / "two") == 3
+    assert json.loads((tmp_path / "two" / "checkpoint-3" / STATE).read_text())["world"] == 2
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-5)
