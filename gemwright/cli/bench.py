@@ -1,4 +1,4 @@
-"""gemwright bench: measure the engine."""
+"""gemwright bench: measure the engine, or a server."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import Annotated
 
 import tyro
 
-from gemwright.cli import bench_engine
+from gemwright.cli import bench_engine, bench_serve
 
-Options = Annotated[bench_engine.Options, tyro.conf.subcommand("engine", prefix_name=False)]
+Options = (
+    Annotated[bench_engine.Options, tyro.conf.subcommand("engine", prefix_name=False)]
+    | Annotated[bench_serve.Options, tyro.conf.subcommand("serve", prefix_name=False)]
+)
 
 
-def run(options: bench_engine.Options) -> int:
+def run(options: bench_engine.Options | bench_serve.Options) -> int:
     """Run the chosen benchmark."""
-    return bench_engine.run(options)
+    return bench_serve.run(options) if isinstance(options, bench_serve.Options) else bench_engine.run(options)
