@@ -181,7 +181,7 @@ def test_huge_hostile_markdown_takes_linear_time(page: Page) -> None:
             }""",
             text,
         )
-        assert time.monotonic() - begun < 5, text[:20]
+        assert time.monotonic() - begun < 10, text[:20]
         assert shown > 0, text[:20]
 
 

@@ -153,6 +153,8 @@ def test_full_fine_tuning_learns_its_data_and_keeps_the_head_tied(base: Path, tm
     assert lines[0]["loss"] > 6.0
     assert next(line["eval_loss"] for line in lines if "eval_loss" in line) < 2.5
     assert "lm_head.weight" not in weights(tmp_path / "out")
+    moved = [name for name, tensor in weights(tmp_path / "out").items() if not torch.equal(tensor, weights(base)[name])]
+    assert set(moved) == set(weights(base))  # the embedding too, which is the head
     assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 107]

@@ -150,7 +150,7 @@ def together(work: Callable[..., object], *arguments: Any, world: int = 2) -> No
         port = free.getsockname()[1]
     ranks = [start(work, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
     for process in ranks:
-        process.join(100)
+        process.join(300)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()

@@ -57,7 +57,9 @@ function heading(lines, at) {
   return match && { kind: "heading", end: at + 1, level: match[1].length, text: match[2] };
 }
 
-const rule = (lines, at) => (RULE.test(lines[at]) ? { kind: "rule", end: at + 1 } : null);
+function rule(lines, at) {
+  return RULE.test(lines[at]) ? { kind: "rule", end: at + 1 } : null;
+}
 
 function quote(lines, at) {
   let end = at;
@@ -184,6 +186,7 @@ const TOKEN = new RegExp(
 
 /** Nodes and strings of a paragraph's text. */
 function inline(text, links = true) {
+  if (!/[\\`*_~[\n]|http/.test(text)) return [text]; // most cells of a table: TOKEN is compiled again for each text
   const frames = [{ mark: "", nodes: [] }]; // marks that are open, outermost first
   const ends = codeEnds(text);
   let at = 0;
