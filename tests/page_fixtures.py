@@ -95,6 +95,7 @@ class Desk:
 def launched() -> Iterator[Browser]:
     """A Chromium without its sandbox, which root may not use."""
     flags = ["--no-sandbox", "--no-proxy-server", "--disable-gpu"]
+    expect.set_options(timeout=20_000)  # what is waited for; a busy machine takes its time
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM, args=flags) as made:
         yield made
 
@@ -119,7 +120,7 @@ def served(desk: Desk) -> Iterator[str]:
 def profile(browser: Browser) -> Iterator[BrowserContext]:
     """A fresh profile. Its pages may ask one server alone, raise no error, open no dialog and break no policy."""
     made = browser.new_context(viewport={"width": 1100, "height": 700})
-    made.set_default_timeout(10_000)
+    made.set_default_timeout(20_000)
     wrong: list[str] = []
     hosts: set[str] = set()
     made.on("request", lambda request: hosts.add(request.url.split("/")[2]))

@@ -40,7 +40,7 @@ def test_every_request_is_answered_and_counted(
     records = json.loads(Path(out).read_text())["records"]
     assert [record["new_tokens"] for record in records] == [7] * 7
     assert len({record["prompt_tokens"] for record in records[::2]} & {r["prompt_tokens"] for r in records[1::2]}) == 0
-    assert result["new_tokens_per_s"] == pytest.approx(49 / result["seconds"], rel=1e-3)
+    assert result["new_tokens_per_s"] == pytest.approx(49 / result["seconds"], rel=1e-2)
     assert (result["first_token_ms"] is None) == bool(load.get("whole"))
     for record in records:
         times = [record["due"], *record["times"], record["end"]]

@@ -240,5 +240,5 @@ def test_chat_on_a_terminal(folder: Path, state: Path) -> None:
     os.write(keyboard, b"half a line\x03")
     until(b">")
     os.write(keyboard, b"\x04")
-    assert chat.wait(timeout=30) == 0
+    assert chat.wait(timeout=120) == 0
     os.close(keyboard)

@@ -5,6 +5,7 @@ Processes come from a fork server that has imported torch once. A rank gets the 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -33,6 +34,8 @@ from gemwright.train.options import TrainConfig
 from gemwright.train.sft import loss
 from gemwright.train.trainer import Loss, Outcome, Trainer
 
+PATIENCE = 120
+"""Seconds that a process may take."""
 LENGTH = 20
 """Places of a row, past the debug model's window of 8."""
 
@@ -128,6 +131,7 @@ def run(config: TrainConfig, **kwargs: Any) -> Outcome:
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where it hangs, instead of hanging
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -150,10 +154,8 @@ def together(work: Callable[..., object], *arguments: Any, world: int = 2) -> No
         port = free.getsockname()[1]
     ranks = [start(work, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
     for process in ranks:
-        process.join(300)
+        process.join()
     codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
     assert codes == [0] * world, codes
 
 

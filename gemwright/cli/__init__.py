@@ -67,13 +67,15 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     module = importlib.import_module(f"gemwright.cli.{verb}")
     try:
-        options = tyro.cli(
-            module.Options, prog=f"gemwright {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-        )
+        if hasattr(module, "parse"):  # a verb whose options may also come from a file
+            options = module.parse(arguments)
+        else:
+            options = tyro.cli(
+                module.Options, prog=f"gemwright {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+        return int(module.run(options))
     except SystemExit as end:  # help was printed (0), or the usage was wrong (2)
         return int(end.code or 0)
-    try:
-        return int(module.run(options))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output has enough

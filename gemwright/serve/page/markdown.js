@@ -143,16 +143,16 @@ function dedent(line, most) {
 const build = (block, depth = 0) => NODES[block.kind](block, depth);
 
 const NODES = {
-  paragraph: ({ text }) => fill(make("p", { dir: "auto" }), inline(text)),
-  heading: ({ level, text }) => fill(make(`h${Math.min(6, level + 2)}`, { dir: "auto" }), inline(text)),
+  paragraph: ({ text }) => directed(make("p"), inline(text)),
+  heading: ({ level, text }) => directed(make(`h${Math.min(6, level + 2)}`), inline(text)),
   rule: () => make("hr"),
   quote: ({ text }, depth) => fill(make("blockquote"), within(text, depth)),
   list({ ordered, start, items }, depth) {
-    const item = (text) => fill(make("li", { dir: "auto" }), within(text, depth));
+    const item = (text) => directed(make("li"), within(text, depth));
     return fill(ordered ? make("ol", { start }) : make("ul"), items.map(item));
   },
   table({ head, aligns, rows }) {
-    const cell = (tag, text, n) => fill(make(tag, { class: aligns[n], dir: "auto" }), inline(text));
+    const cell = (tag, text, n) => directed(make(tag, { class: aligns[n] }), inline(text));
     const row = (tag, texts) => fill(make("tr"), texts.slice(0, head.length).map((text, n) => cell(tag, text, n)));
     const body = fill(make("tbody"), rows.map((texts) => row("td", texts)));
     const whole = make("table", {}, make("thead", {}, row("th", head)), body);
@@ -164,6 +164,12 @@ const NODES = {
     return make("div", { class: "code" }, head, make("pre", { tabindex: 0, dir: "ltr" }, make("code", {}, text)));
   },
 };
+
+/** Left to right or right to left, as the text is. Told last: the browser looks for the direction at every child. */
+function directed(node, children) {
+  fill(node, children).dir = "auto";
+  return node;
+}
 
 function within(text, depth) {
   return depth < NESTING ? blocks(text).map((block) => build(block, depth + 1)) : [make("p", {}, text)];
@@ -269,7 +275,7 @@ function link(address, words, source) {
   if (!/^(https?|mailto):/i.test(address) || !URL.canParse(address)) return null;
   const { href } = new URL(address);
   const shown = words === null ? [source] : inline(words, false);
-  return fill(make("a", { href, title: href, target: "_blank", rel: "noopener noreferrer", dir: "auto" }), shown);
+  return directed(make("a", { href, title: href, target: "_blank", rel: "noopener noreferrer" }), shown);
 }
 
 /** A bare address without the sentence's punctuation. */
