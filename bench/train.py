@@ -2,7 +2,8 @@
 
 The same first weights, batches, AdamW and clipping in every runner, so the same losses: where they part, the comparison
 is void and the bench fails. Rounds interleave, each run is a process of its own; every number is a median over rounds,
-with the smallest and largest beside it. A step's time is the median over the run without its first steps, which compile.
+with the smallest and largest beside it. A step's time is the median over the run without its first steps, which
+compile.
 
     python bench/train.py [--update]                                        # an hour on 2 cores
     python bench/train.py --layers 1 --rows 1 --length 64 --steps 4 --rounds 1   # a trial of the bench itself
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -197,7 +199,7 @@ def theirs(folder: Path, sizes: Sizes, *, compiled: bool) -> Run:
 
 
 def _run(at: list[float], losses: list[float], sizes: Sizes) -> Run:
-    seconds = [later - earlier for earlier, later in zip(at[:-1], at[1:], strict=True)]
+    seconds = [later - earlier for earlier, later in pairwise(at)]
     assert len(seconds) == len(losses) == sizes.steps, (len(seconds), len(losses), sizes.steps)
     return {
         "tokens_per_second": sizes.rows * sizes.length / statistics.median(seconds[WARM_UP:]),
@@ -286,8 +288,8 @@ def main(options: Options) -> None:
         [
             "## Training",
             f"{machine.describe(options.threads)}.",
-            f"`{' '.join(['python', 'bench/train.py', *sys.argv[1:]])}`: {options.config().num_parameters() / 1e6:.1f}M "
-            f"parameters, {options.rows} x {options.length} tokens a step, {options.dtype}, {options.steps} steps, "
+            f"`{' '.join(['python', 'bench/train.py', *sys.argv[1:]])}`: "
+            f"{options.config().num_parameters() / 1e6:.1f}M parameters, {options.rows} x {options.length} tokens a step, {options.dtype}, {options.steps} steps, "
             f"{options.rounds} interleaved rounds, medians (smallest to largest). Losses of all runners differ by at "
             f"most {worst:.1e} of themselves at any step.",
             table(options, runs),

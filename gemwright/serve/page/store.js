@@ -39,7 +39,7 @@ export const keepSettings = (settings) => localStorage.setItem(SETTINGS, JSON.st
 
 /** The API key lives in the tab: it is gone when the tab is closed, and no other tab can read it. */
 export const key = () => tried(() => sessionStorage.getItem(KEY)) ?? "";
-export const keepKey = (value) => localStorage.setItem(KEY, value);
+export const keepKey = (value) => sessionStorage.setItem(KEY, value);
 
 const read = (storage, name) => tried(() => JSON.parse(storage.getItem(name)));
 
