@@ -190,7 +190,7 @@ def theirs(folder: Path, sizes: Sizes, *, compiled: bool) -> Run:
 
     class InOrder(transformers.Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(rows)  # type: ignore[arg-type]
+            return torch.utils.data.SequentialSampler(rows)
 
     trainer = InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])
     trainer.train()
@@ -289,9 +289,9 @@ def main(options: Options) -> None:
             "## Training",
             f"{machine.describe(options.threads)}.",
             f"`{' '.join(['python', 'bench/train.py', *sys.argv[1:]])}`: "
-            f"{options.config().num_parameters() / 1e6:.1f}M parameters, {options.rows} x {options.length} tokens a step, {options.dtype}, {options.steps} steps, "
-            f"{options.rounds} interleaved rounds, medians (smallest to largest). Losses of all runners differ by at "
-            f"most {worst:.1e} of themselves at any step.",
+            f"{options.config().num_parameters() / 1e6:.1f}M parameters, {options.rows} x {options.length} tokens "
+            f"a step, {options.dtype}, {options.steps} steps, {options.rounds} rounds that interleave, medians (smallest to "
+            f"largest). Losses of all runners differ by at most {worst:.1e} of themselves at any step.",
             table(options, runs),
         ]
     )

@@ -141,6 +141,12 @@ def test_four_bits_are_refused_where_there_are_none(
     assert "load_in_4bit: given without use_peft" in capsys.readouterr().err
 
 
+def test_a_terminated_run_has_its_own_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for outcome, code in (("done", 0), ("terminated", 143)):
+        monkeypatch.setattr("gemwright.train.sft.sft", lambda config, outcome=outcome: outcome)
+        assert run_sft(tmp_path, tmp_path, tmp_path, "") == code
+
+
 def test_full_fine_tuning_learns_its_data_and_keeps_the_head_tied(base: Path, tmp_path: Path) -> None:
     """Packed chats, evaluated on themselves; the delivered folder is a chat model with the base's configs."""
     data = chats(tmp_path / "chats.jsonl")

@@ -27,6 +27,7 @@ from gemwright.checkpoint import Checkpoint
 from gemwright.data.batch import Batch
 from gemwright.data.loader import Batching, Loader
 from gemwright.model import Gemma2
+from gemwright.train import distributed
 from gemwright.train.distributed import World
 from gemwright.train.optimizer import SCHEDULES, AdamW, Schedule
 from gemwright.train.options import FREE, PRETRAIN_FREE, SFT_FREE, PretrainConfig, Scheduler, SftConfig
@@ -115,8 +116,11 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, dropout=0.2)], ids=["full", "lora with dropout"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: LoraConfig | None) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: weights, masters, moments, random states, and the log; stopped between two records of it."""
+    monkeypatch.setattr(distributed, "FILE_BYTES", 50_000)  # several files of state
     changes = {"logging_steps": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
     run(options(tmp_path / "whole", **changes), lora=lora, evaluate=True)
     stopping = options(tmp_path / "parts", **changes)
@@ -131,6 +135,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, lora: LoraConfig
 
         part._step = stop_at_3  # type: ignore[assignment,method-assign]
         assert part.train() == "terminated"
+    assert len(list((tmp_path / "parts" / "checkpoint-3" / "state").glob("*.safetensors"))) > 1
     assert not (tmp_path / "parts" / "config.json").exists()  # only a finished run delivers
     torch.manual_seed(99)  # whatever the process did before, it does not matter
     assert run(options(tmp_path / "parts", resume=True, **changes), lora=lora, evaluate=True) == "done"

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 PAGE: Final = Path(__file__).with_name("page")
 """The chat page's files."""
+PAGE_TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+"""Said here, since a system's own table may call scripts text/plain, which browsers then refuse."""
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -215,7 +217,7 @@ def page() -> APIRouter:
 
     def add(path: str, file: Path) -> None:
         async def static() -> Response:
-            return FileResponse(file, headers=PAGE_HEADERS)
+            return FileResponse(file, headers=PAGE_HEADERS, media_type=PAGE_TYPES[file.suffix])
 
         router.add_api_route(path, static, methods=["GET", "HEAD"])
 

@@ -90,5 +90,5 @@ def push(out: Path, name: str | None, *, private: bool) -> str:
         repo_id=repository, folder_path=out, allow_patterns=allowed, ignore_patterns=["*/*"],
         commit_message="Trained with Gemwright",
     )  # fmt: skip
-    print(f"uploaded to {done.repo_url if hasattr(done, 'repo_url') else repository}", file=sys.stderr)
+    print(f"uploaded to {done.repo_url}", file=sys.stderr)
     return repository

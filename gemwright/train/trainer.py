@@ -109,7 +109,7 @@ class Trainer:
         world: the processes that train together.
         export: how checkpoints become models that others load.
         eval_data: batches of the evaluation, as many on every rank.
-        settings: further facts that a resumed run must share (`TrainConfig.settings` is compared anyway).
+        settings: further facts that a resumed run must share (the options are compared anyway).
         free: names of options, besides FREE, that it need not share.
     """
 
@@ -157,7 +157,7 @@ class Trainer:
         self.done, self.refused, self.tokens, self.stopped = 0, 0, 0.0, False
         self.norm, self.rate = math.nan, math.nan
         self.window = Sums()
-        self.evaluated: dict[str, float] = {"step": 0, "loss": math.nan}
+        self.evaluated: dict[str, float] = {"step": 0, "loss": 0.0}
         self.best: dict[str, float] | None = None
         """Of the checkpoint with the lowest loss, as `evaluated`."""
 
@@ -307,11 +307,8 @@ class Trainer:
 
     def _save(self) -> None:
         now = self.evaluated
-        if (
-            now["step"] == self.done
-            and (not self.best or now["loss"] < self.best["loss"])
-            and math.isfinite(now["loss"])
-        ):
+        least = math.inf if self.best is None else self.best["loss"]
+        if now["step"] == self.done and now["loss"] < least:  # a NaN is below nothing
             self.best = now
         progress = {
             "settings": self.settings,
