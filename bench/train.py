@@ -290,8 +290,8 @@ def main(options: Options) -> None:
             f"{machine.describe(options.threads)}.",
             f"`{' '.join(['python', 'bench/train.py', *sys.argv[1:]])}`: "
             f"{options.config().num_parameters() / 1e6:.1f}M parameters, {options.rows} x {options.length} tokens "
-            f"a step, {options.dtype}, {options.steps} steps, {options.rounds} rounds that interleave, medians (smallest to "
-            f"largest). Losses of all runners differ by at most {worst:.1e} of themselves at any step.",
+            f"a step, {options.dtype}, {options.steps} steps, {options.rounds} rounds that interleave, medians "
+            f"(smallest to largest). Losses of all runners differ by at most {worst:.1e} of themselves at any step.",
             table(options, runs),
         ]
     )
