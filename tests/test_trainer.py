@@ -153,7 +153,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     """Killed again and again, in the middle of steps and of saves, and resumed: the same bits at the end."""
-    changes = {"save_steps": 1, "save_total_limit": 2, "max_steps": 12}
+    changes = {"save_steps": 1, "save_total_limit": 2, "max_steps": 16}
     run(options(tmp_path / "whole", **changes), evaluate=True)
     draw, killed, reached = random.Random(0), 0, 0
     out = tmp_path / "killed"
@@ -163,15 +163,14 @@ def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
         while process.is_alive() and last_step(out) < aim:
             assert time.monotonic() - begun < 90
             time.sleep(0.002)
-        step_seconds = (time.monotonic() - begun) / (aim - reached)
-        process.join(draw.random() * min(step_seconds, 1.0))  # in a step, an evaluation, a save, or between them
+        process.join(draw.random() * 0.1)  # in a step, an evaluation, a save, or between them
         if process.is_alive():
             process.kill()
             killed += 1
         process.join()
         reached = last_step(out)
-    assert killed >= 3
-    same_bits(out / "checkpoint-12", tmp_path / "whole" / "checkpoint-12")
+    assert killed >= 2
+    same_bits(out / "checkpoint-16", tmp_path / "whole" / "checkpoint-16")
     assert not list(out.glob(".*checkpoint-*"))
 
 
