@@ -180,8 +180,9 @@ class Engine:
             request = replace(request, params=replace(request.params, seed=seed))
         tracks = Track.make(request, ident, new_tokens, self.stop_ids, self._seed(request), after)
         if request.constraint is not None and self.front is not None:
+            grammar = self.front.grammars.compile(request.constraint)
             for track in tracks:
-                track.matcher = self.front.grammars.compile(request.constraint).start(track.stop_ids)
+                track.matcher = grammar.start(track.stop_ids)
         self._requests[ident] = tracks
         for track in tracks:
             self._tracks[track.seq.id] = track
@@ -334,9 +335,7 @@ class Engine:
             logits_XV,
             torch.tensor([len(track.seq.tokens) + j for track, j in rows], device=self.device),
             rows=owner_X,
-            histories=[
-                track.history.with_drafts(track.seq.drafts[:j]) if track.params.penalised else None for track, j in rows
-            ],
+            histories=[track.past(track.seq.drafts[:j]) for track, j in rows],
             banned={
                 i: track.stop_ids
                 for i, (track, j) in enumerate(rows)

@@ -179,7 +179,7 @@ class DraftModel:
         logits_BV = self.model.logits(torch.stack(hidden_BD))
         sampler = Sampler([track.params for track in tracks], self.device)
         position_B = torch.tensor([len(text) for text in texts], device=self.device)
-        histories = [track.history.with_drafts(track.seq.drafts) for track in tracks]
+        histories = [track.past(track.seq.drafts) for track in tracks]
         return sampler(logits_BV, position_B, histories=histories).tolist()
 
     def learn(self, track: Track, drafted: int, accepted: int) -> None:

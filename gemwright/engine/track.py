@@ -52,7 +52,8 @@ class Track:
     params: SamplingParams
     stop_ids: frozenset[int]
     seq: Seq
-    history: History
+    history: History | None
+    """Kept where the controls ask what came before."""
     matcher: Any = None
     done: bool = False
     scores: list[TokenLogprob] | None = None
@@ -98,7 +99,7 @@ class Track:
                 params=request.params.sample(index),
                 stop_ids=stop_ids if request.params.stop_ids is None else request.params.stop_ids,
                 seq=seq,
-                history=History(prompt),
+                history=History(prompt) if request.params.penalised else None,
                 scores=[] if scored else None,
             )
             tracks.append(track)
@@ -118,6 +119,10 @@ class Track:
     def generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.seq.tokens) - self.seq.prompt
+
+    def past(self, drafts: list[int]) -> History | None:
+        """What came before the token that follows these drafts, where the controls ask for it."""
+        return None if self.history is None else self.history.with_drafts(drafts)
 
     def observe(self, model: Gemma2, start: int, hidden_TD: Tensor) -> None:
         """Gather scores and pooled states from the hidden states of positions [start, start + T) of the prompt."""
@@ -150,7 +155,8 @@ class Track:
         for j, one in enumerate(drawn):
             finish: Finish | None = None
             seq.tokens.append(one.token)
-            self.history.push(one.token)
+            if self.history is not None:
+                self.history.push(one.token)
             made.generated += 1
             if one.token in self.stop_ids:
                 finish = "stop"
@@ -171,14 +177,17 @@ class Track:
         return made
 
     def _event(self, drawn: Drawn | None = None, finish: Finish | None = None) -> TokenEvent:
-        first, self.started = not self.started, True
-        event = TokenEvent(id=self.id, index=self.index, finish=finish)
-        if drawn is not None:
-            event = dataclasses.replace(
-                event, token=drawn.token, logprob=drawn.logprob, policy_logprob=drawn.policy_logprob
-            )
-        if not first:
+        event = TokenEvent(
+            id=self.id,
+            index=self.index,
+            token=None if drawn is None else drawn.token,
+            finish=finish,
+            logprob=None if drawn is None else drawn.logprob,
+            policy_logprob=None if drawn is None else drawn.policy_logprob,
+        )
+        if self.started:
             return event
+        self.started = True
         embedding_D = self.pooled_D
         if embedding_D is not None and self.request.embed == "mean":
             embedding_D = embedding_D / self.seq.prompt
