@@ -153,10 +153,11 @@ def test_drafts_change_nothing(model: Gemma2, params: SamplingParams) -> None:
     assert not twin._rows, "rows of ended sequences are given back"
 
 
-def test_logprobs_are_the_plain_loops(model: Gemma2) -> None:
+@pytest.mark.parametrize("top", [0, 2])
+def test_logprobs_are_the_plain_loops(model: Gemma2, top: int) -> None:
     """Of new tokens and of the prompt's, read in chunks, with and without a prefix in the cache."""
     (text,) = prompts(1, 70, 70)
-    params = SamplingParams(max_new_tokens=8, temperature=0, logprobs=3, prompt_logprobs=2)
+    params = SamplingParams(max_new_tokens=8, temperature=0, logprobs=3, prompt_logprobs=top)
     loop = Generation(model, [text], [params])
     wanted = [token.logprob for (token,) in loop]
     (scores,) = loop.prompt_logprobs

@@ -132,7 +132,9 @@ class Track:
             first = (request.score_from or 1) - 1 + len(self.scores)
             if targets := request.tokens[first + 1 : stop + 1]:
                 rows_XD = hidden_TD[first - start :][: len(targets)]
-                self.scores += token_logprobs(model, rows_XD, targets, self.params.prompt_logprobs or 1)
+                # a score also says whether the token is the greedy one
+                top = 1 if request.score_from is not None else self.params.prompt_logprobs or 0
+                self.scores += token_logprobs(model, rows_XD, targets, top)
         if request.embed == "mean" and start == self.pooled:
             total_D = hidden_TD.float().sum(0)
             self.pooled_D = total_D if self.pooled_D is None else self.pooled_D + total_D
