@@ -39,7 +39,7 @@ def log_probs(hidden: Tensor, weight: Tensor, cap: float | None, temperature: fl
 
 def cut(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Chunks of at most `rows` tokens and tiles of 50 ids, at the V of this file."""
-    monkeypatch.setattr(head, "CHUNK_FLOOR", 4 * V * rows)
+    monkeypatch.setitem(head.CHUNK_FLOOR, "cpu", 4 * V * rows)
     monkeypatch.setattr(head, "CHUNK_TOKENS", 0)
     monkeypatch.setattr(head, "CHUNK_SHARE", 10**9)
     monkeypatch.setitem(head.TILE, "cpu", 50)

@@ -373,6 +373,38 @@ def test_flex_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         check_output(attention_flex.flex, case, FP32)
 
 
+@pytest.mark.parametrize("window", [None, 130])
+def test_flex_reads_the_blocks_it_must_and_no_others(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense mask: blocks with a visible pair are listed once, as full only where all of it is visible."""
+    monkeypatch.setattr(attention_flex, "_pad", lambda x, value=0: x)
+    pos = torch.arange(600)
+    packed = torch.cat((torch.arange(300), torch.arange(280), torch.full((20,), PADDING)))
+    docs = torch.cat((torch.zeros(300), torch.ones(300))).int().repeat(2, 1)
+    positions = torch.stack((pos, packed))
+    for see, exact in ((Visibility(positions[:1], positions[:1], window=window), True),
+                       (Visibility(positions, positions, docs, docs, window=window), False)):  # fmt: skip
+        mask = attention_flex.block_mask(see)
+        padded = torch.nn.functional.pad(see.mask(), (0, -600 % 128, 0, -600 % 128))
+        tiles_Btskk = padded.view(len(padded), 5, 128, 5, 128).transpose(2, 3)
+        some, whole = tiles_Btskk.any((-2, -1)), tiles_Btskk.all(-1).all(-1)
+        partial, full = (
+            dense(n, i)
+            for n, i in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+        )
+        assert not (partial & full).any()
+        assert not (some & ~(partial | full)).any()
+        assert torch.equal(full, whole)
+        assert not exact or torch.equal(partial | full, some)
+
+
+def dense(counts: Tensor | None, indices: Tensor | None) -> Tensor:
+    """Listed blocks as a mask [B, t, k]."""
+    assert counts is not None
+    assert indices is not None
+    listed = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros_like(listed).scatter_(-1, indices.long(), listed)[:, 0]
+
+
 def test_flex_compiles_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, lengths are symbolic once they change: new windows, caps, scales and lengths need no new kernel.
 

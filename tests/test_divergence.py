@@ -243,7 +243,7 @@ def test_between_models_as_the_oracle_has_it() -> None:
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 1.5 times the head's gradient: that itself, and one chunk of either side's logits."""
     tokens_, vocab, width = 96, 2048, 64
-    monkeypatch.setattr(head_module, "CHUNK_FLOOR", 0)
+    monkeypatch.setitem(head_module.CHUNK_FLOOR, "cpu", 0)
     monkeypatch.setattr(head_module, "CHUNK_TOKENS", 0)
     monkeypatch.setitem(head_module.TILE, "cpu", 64)
     hidden, weight = torch.randn(tokens_, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()

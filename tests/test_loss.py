@@ -271,7 +271,7 @@ class TestMemory:
     @pytest.fixture
     def case(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
         """Chunks of 12 tokens."""
-        monkeypatch.setattr(head_module, "CHUNK_FLOOR", 0)
+        monkeypatch.setitem(head_module.CHUNK_FLOOR, "cpu", 0)
         monkeypatch.setattr(head_module, "CHUNK_TOKENS", 0)
         monkeypatch.setitem(head_module.TILE, "cpu", 64)
         hidden = torch.randn(self.TOKENS, self.WIDTH).requires_grad_()

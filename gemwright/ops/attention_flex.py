@@ -1,6 +1,8 @@
 """FlexAttention backend (torch.nn.attention.flex_attention): one fused CUDA kernel with cap and mask compiled in.
 
 The mask is a block mask made from positions, so skipped blocks cost nothing and local layers read their window only.
+Which blocks are skipped follows from the smallest and largest position and document of each block, so no mask of all
+queries and keys is ever made.
 Positions, documents, window, scale and cap all reach the kernel as captured tensors: their values may change without
 compiling again, and local and global layers share one kernel. (A float that changes in the closure would become a
 symbol, which the compiler of torch 2.13 cannot lower.)
@@ -21,12 +23,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gemwright.ops.attention import EMPTY, PADDING, Visibility
 
 BLOCK: Final = 128
-"""Lengths on CPU are padded to a multiple of it, which is the block size of the mask."""
+"""The block size of the mask; lengths on CPU are padded to a multiple of it."""
 VARIANTS: Final = 64
 """Kernels that one process may compile: with and without gradient, documents, one row or many, one block or many. At
 torch's own limit of 8 it would go on with the whole score matrix in memory; past this one it raises."""
@@ -56,7 +58,47 @@ def block_mask(see: Visibility) -> BlockMask:
         seen = (k_pos[b, s] <= q_pos[b, t]) & (k_pos[b, s] >= 0) & (q_pos[b, t] - k_pos[b, s] < window)
         return seen if docs is None else seen & (docs[0][b, t] == docs[1][b, s])
 
-    return create_block_mask(visible, q_pos.shape[0], None, q_pos.shape[1], k_pos.shape[1], device=q_pos.device)
+    some_Btk, all_Btk = _blocks(q_pos, k_pos, docs, window)
+    partial, full = (_listed(seen_Btk) for seen_Btk in (some_Btk & ~all_Btk, all_Btk))
+    lengths = q_pos.shape[1], k_pos.shape[1]
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=lengths)
+
+
+def _blocks(q_BT: Tensor, k_BS: Tensor, docs: tuple[Tensor, Tensor] | None, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Which blocks of queries see some of a block of keys, at most, and which all of it: [B, t, k] over blocks."""
+    (q_least, q_most), (k_least, k_most) = (_range(x_BL, ignore=x_BL < 0) for x_BL in (q_BT, k_BS))
+    q_least, q_most, k_least, k_most = q_least[..., None], q_most[..., None], k_least[:, None], k_most[:, None]
+    some = (k_least <= q_most) & (q_least - k_most < window)
+    whole = (k_most <= q_least) & (q_most - k_least < window)
+    for x_BL, dim in ((q_BT, 2), (k_BS, 1)):
+        whole &= (_tiled(x_BL, PADDING) >= 0).all(-1).unsqueeze(dim)
+    if docs is not None:
+        (q_first, q_last), (k_first, k_last) = (_range(doc_BL, ignore=None) for doc_BL in docs)
+        q_first, q_last, k_first, k_last = q_first[..., None], q_last[..., None], k_first[:, None], k_last[:, None]
+        some &= (q_first <= k_last) & (k_first <= q_last)
+        whole &= (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
+    return some, whole
+
+
+def _tiled(x_BL: Tensor, value: int) -> Tensor:
+    """[B, blocks, BLOCK], the last block filled up."""
+    extra = -x_BL.shape[1] % BLOCK
+    return torch.nn.functional.pad(x_BL, (0, extra), value=value).view(len(x_BL), -1, BLOCK)
+
+
+def _range(x_BL: Tensor, ignore: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The smallest and largest value of each block, [B, blocks]; of a block without any, EMPTY and PADDING."""
+    if ignore is None:
+        least, most = _tiled(x_BL, EMPTY), _tiled(x_BL, PADDING)
+    else:
+        least, most = _tiled(x_BL.masked_fill(ignore, EMPTY), EMPTY), _tiled(x_BL.masked_fill(ignore, PADDING), PADDING)
+    return least.amin(-1), most.amax(-1)
+
+
+def _listed(seen_Btk: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of queries, over one head: the number of its blocks of keys, and their indices before the rest."""
+    order_B1tk = torch.argsort(seen_Btk.int(), dim=-1, descending=True, stable=True)[:, None].int()
+    return seen_Btk.sum(-1, dtype=torch.int32)[:, None], order_B1tk.contiguous()
 
 
 def score_mod(scale: float, cap: float | None, device: torch.device) -> ScoreMod:

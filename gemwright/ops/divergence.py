@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemwright.ops.head import Gradients, Head, product_dtype, wide
+from gemwright.ops.head import Gradients, Head, fused, log_probs, product_dtype, slope_, wide
 from gemwright.ops.loss import MadeForward, counted, gradients_wanted, sparse_targets
 
 Terms = tuple[Tensor, Tensor]
@@ -123,6 +123,36 @@ def cropped(head: Head, vocab: int | None) -> Head:
     return replace(head, weight_VD=head.weight_VD.detach()[:vocab])
 
 
+@fused
+def _compare_(
+    ours_xv: Tensor,
+    theirs_xv: Tensor,
+    our_sums: tuple[Tensor, Tensor],
+    their_sums: tuple[Tensor, Tensor],
+    terms: Callable[[Tensor, Tensor, float], Terms],
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The tile's part of the divergences and of the sums of g, [x, 1] each; the teacher's logits become g."""
+    terms_xv, g_xv = terms(log_probs(theirs_xv, *their_sums), log_probs(ours_xv, *our_sums), beta)
+    theirs_xv.copy_(g_xv)
+    return terms_xv.sum(-1, keepdim=True), g_xv.sum(-1, keepdim=True)
+
+
+@fused
+def _into_gradient_(
+    ours_xv: Tensor,
+    g_xv: Tensor,
+    our_sums: tuple[Tensor, Tensor],
+    sum_x1: Tensor,
+    weight_x1: Tensor,
+    cap: float | None,
+    temperature: float,
+) -> None:
+    """The student's logits become the gradient by h . W^T."""
+    d_xv = g_xv - log_probs(ours_xv, *our_sums).exp_().mul_(sum_x1)
+    slope_(ours_xv, cap, temperature).mul_(d_xv).mul_(weight_x1)
+
+
 class _Divergence(MadeForward):
     @staticmethod
     def forward(
@@ -138,18 +168,15 @@ class _Divergence(MadeForward):
             weight_x1 = weights_X[ours.part, None]
             value_x1, sum_x1 = torch.zeros_like(weight_x1), torch.zeros_like(weight_x1)
             for v in student.tiles():
-                log_q_xv = ours.log_probs(ours.logits_xV[:, v])
-                log_p_xv = theirs.log_probs(theirs.logits_xV[:, v])
-                terms_xv, g_xv = terms(log_p_xv, log_q_xv, beta)
-                value_x1 += terms_xv.sum(-1, keepdim=True)
-                sum_x1 += g_xv.sum(-1, keepdim=True)
-                theirs.logits_xV[:, v] = g_xv
+                tile = ours.logits_xV[:, v], theirs.logits_xV[:, v]
+                value_v1, sum_v1 = _compare_(*tile, ours.sums, theirs.sums, terms, beta)
+                value_x1 += value_v1
+                sum_x1 += sum_v1
             total += (weight_x1 * value_x1).sum()
             if grads.any:
                 for v in student.tiles():
-                    q_xv = ours.log_probs(ours.logits_xV[:, v]).exp_()
-                    d_xv = theirs.logits_xV[:, v] - q_xv.mul_(sum_x1)
-                    student.slope_(ours.logits_xV[:, v]).mul_(d_xv).mul_(weight_x1)
+                    tile = ours.logits_xV[:, v], theirs.logits_xV[:, v]
+                    _into_gradient_(*tile, ours.sums, sum_x1, weight_x1, student.softcap, student.temperature)
                 grads.add(student, ours)
         return total
 

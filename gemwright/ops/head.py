@@ -3,9 +3,10 @@
     logits = softcap(h . W^T) / temperature                        d logits / d (h . W^T) = (1 - tanh^2) / temperature
 
 With a vocabulary of 256k the logits of one sequence outweigh the model, so they exist for one chunk of tokens at a
-time, in one fp32 buffer that a loss turns into its gradient in place. Inside a chunk the vocabulary goes in tiles whose
+time, in one fp32 buffer that a loss turns into its gradient in place. On a CPU the vocabulary goes in tiles whose
 weight and temporaries fit the cache: what a tile needs between two matmuls costs no memory traffic, and a weight in
-another dtype than the products' is converted as it is read.
+another dtype than the products' is converted as it is read. On CUDA a tile is the whole chunk, and what stands between
+two matmuls is compiled into a pass or two over it (`fused`); the arithmetic is written once for both.
 
 Products run in bf16 where the device multiplies it natively and the caller works in bf16, else in fp32
 (`product_dtype`); cap, log-sum-exp and sums are fp32 always, fp64 for fp64 inputs.
@@ -15,9 +16,10 @@ Legend: X tokens (x in one chunk), D model, V vocabulary (v in one tile).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from functools import cache, wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,11 +33,38 @@ CHUNK_SHARE: Final = 5
 """A chunk of a loss may take one fifth of the weight's bytes: little beside the weight's gradient ..."""
 CHUNK_TOKENS: Final = 128
 """... or hold as many tokens as its matmuls need (32 take 1.5 times as long as 128, measured) ..."""
-CHUNK_FLOOR: Final = 32 * 2**20
-"""... or take as many bytes as never matter; whichever is most."""
-TILE: Final = {"cpu": 512, "cuda": 16384, "mps": 16384}
-"""Ids of the vocabulary in a tile. On CPU its temporaries stay in the caches (best from 455 to 1024 ids, 256 to 2304
-wide, measured on AVX2); on a GPU its logits fit the second level, and tiles are few: each costs a dozen launches."""
+CHUNK_FLOOR: Final = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""... or take as many bytes as never matter; whichever is most. A GPU's matmuls want 500 tokens of 256k ids."""
+TILE: Final = {"cpu": 512}
+"""Ids of the vocabulary in a tile, where it is not all of them. On CPU a tile's temporaries stay in the caches (best
+from 455 to 1024 ids, 256 to 2304 wide, measured on AVX2)."""
+VARIANTS: Final = 64
+"""Compilations of one fused function: for each cap, temperature, dtype and divergence. Past them it runs as it is."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """A function of a tile of logits: compiled where that lies on CUDA, elsewhere as it is."""
+
+    @wraps(function)
+    def call(first: Tensor, /, *others: P.args, **named: P.kwargs) -> R:
+        if not first.is_cuda:
+            return function(first, *others, **named)
+        from torch._dynamo import config as dynamo
+
+        # a float is a constant: as a symbol it cannot be lowered (torch 2.13)
+        with dynamo.patch(specialize_float=True, recompile_limit=VARIANTS):
+            return compiled(function)(first, *others, **named)  # type: ignore[no-any-return]
+
+    return call
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for any number of tokens."""
+    return torch.compile(function, dynamic=True)
 
 
 def chunks(tokens: int, vocab: int, limit: int = CHUNK_BYTES) -> Iterator[slice]:
@@ -63,10 +92,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 (or fp64). CUDA keeps a bf16 product's fp32 sums, a CPU rounds them; `out=` keeps autocast away."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in fp32 (or fp64). CUDA keeps a bf16 product's fp32 sums, a CPU rounds them; `out=` keeps autocast away.
+
+    Args:
+        out: takes the result; on CUDA alone.
+    """
+    if a.is_cuda:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=wide(a.dtype)) if out is None else out
+        return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    assert out is None, "a CPU's product is rounded before it is widened"
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])).to(wide(a.dtype))
 
 
@@ -76,6 +111,30 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += product(a, b)
+
+
+def log_probs(logits_xv: Tensor, top_x1: Tensor, log_sum_x1: Tensor) -> Tensor:
+    """Log-probabilities of some of the logits, from the largest of all and the log of the sum of exp(logit - largest).
+
+    The log-sum-exp is taken off in two parts: their sum would be rounded at the size of a logit and put all p of a
+    token off by a common factor, which the small gradient of a confident token does not bear.
+    """
+    return (logits_xv - top_x1).sub_(log_sum_x1)
+
+
+def slope_(logits_xv: Tensor, cap: float | None, temperature: float) -> Tensor:
+    """d logits / d (h . W^T), computed from the logits in their place."""
+    if cap is None:
+        return logits_xv.fill_(1 / temperature)
+    return logits_xv.mul_(temperature / cap).square_().sub_(1).mul_(-1 / temperature)
+
+
+@fused
+def read_(logits_xV: Tensor, cap: float | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Products become logits in their place; the largest of each token, and log sum exp(logits - largest)."""
+    logits_xV.copy_(softcap(logits_xV, cap) * (1 / temperature))
+    top_x1 = logits_xV.amax(-1, keepdim=True)
+    return top_x1, (logits_xV - top_x1).exp().sum(-1, keepdim=True).log()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +150,10 @@ class Chunk:
     log_sum_x1: Tensor
     """log sum exp(logits - top)."""
 
-    def log_probs(self, logits_xv: Tensor) -> Tensor:
-        """Log-probabilities of some of the logits.
-
-        The log-sum-exp is taken off in two parts: their sum would be rounded at the size of a logit and put all p of a
-        token off by a common factor, which the small gradient of a confident token does not bear.
-        """
-        return (logits_xv - self.top_x1).sub_(self.log_sum_x1)
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """What `log_probs` takes off the logits."""
+        return self.top_x1, self.log_sum_x1
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +174,14 @@ class Head:
 
     def tiles(self) -> Iterator[slice]:
         """Slices of the vocabulary."""
-        V, size = len(self.weight_VD), TILE[self.weight_VD.device.type]
+        V = len(self.weight_VD)
+        size = TILE.get(self.weight_VD.device.type, V)
         return (slice(v, min(v + size, V)) for v in range(0, V, size))
 
     def chunk_bytes(self) -> int:
         """Bytes of logits that a chunk of a loss may take."""
-        return max(self.weight_VD.nbytes // CHUNK_SHARE, 4 * len(self.weight_VD) * CHUNK_TOKENS, CHUNK_FLOOR)
+        floor = CHUNK_FLOOR.get(self.weight_VD.device.type, CHUNK_FLOOR["cpu"])
+        return max(self.weight_VD.nbytes // CHUNK_SHARE, 4 * len(self.weight_VD) * CHUNK_TOKENS, floor)
 
     def chunks(self, hidden_XD: Tensor, dtype: torch.dtype, limit: int | None = None) -> Iterator[Chunk]:
         """The logits of all tokens, chunk by chunk, multiplied in `dtype`."""
@@ -135,6 +193,9 @@ class Head:
             yield self._chunk(part, hidden_XD[part].to(dtype), buffer_xV[: part.stop - part.start])
 
     def _chunk(self, part: slice, hidden_xD: Tensor, logits_xV: Tensor) -> Chunk:
+        if logits_xV.is_cuda:
+            product(hidden_xD, self.weight_VD.to(hidden_xD.dtype).T, logits_xV)
+            return Chunk(part, hidden_xD, logits_xV, *read_(logits_xV, self.softcap, self.temperature))
         top_x1 = logits_xV.new_full((len(hidden_xD), 1), -torch.inf)
         sum_x1 = torch.zeros_like(top_x1)
         for v in self.tiles():
@@ -146,10 +207,8 @@ class Head:
         return Chunk(part, hidden_xD, logits_xV, top_x1, sum_x1.log_())
 
     def slope_(self, logits_xv: Tensor) -> Tensor:
-        """d logits / d (h . W^T), computed from the logits in their place."""
-        if self.softcap is None:
-            return logits_xv.fill_(1 / self.temperature)
-        return logits_xv.mul_(self.temperature / self.softcap).square_().sub_(1).mul_(-1 / self.temperature)
+        """`slope_` at this head's cap and temperature."""
+        return slope_(logits_xv, self.softcap, self.temperature)
 
 
 class Gradients:

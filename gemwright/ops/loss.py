@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemwright.ops.attention import softcap as cap_logits
-from gemwright.ops.head import Gradients, Head, product_dtype, wide
+from gemwright.ops.head import Gradients, Head, fused, log_probs, product_dtype, slope_, wide
 
 
 def reference(
@@ -71,11 +71,10 @@ class _LogProb(torch.autograd.Function):
         logprob_X, lse_X, entropy_X = (hidden_XD.new_zeros(len(hidden_XD), dtype=wide(dtype)) for _ in range(3))
         for chunk in head.chunks(hidden_XD, dtype):
             part = chunk.part
-            logprob_X[part] = chunk.log_probs(chunk.logits_xV.gather(1, targets_X[part, None]))[:, 0]
+            logprob_X[part] = log_probs(chunk.logits_xV.gather(1, targets_X[part, None]), *chunk.sums)[:, 0]
             lse_X[part] = (chunk.top_x1 + chunk.log_sum_x1)[:, 0]
             for v in head.tiles():
-                log_p_xv = chunk.log_probs(chunk.logits_xV[:, v])
-                entropy_X[part] -= log_p_xv.exp().mul_(log_p_xv).sum(-1)
+                entropy_X[part] += _entropy(chunk.logits_xV[:, v], *chunk.sums)
         ctx.save_for_backward(hidden_XD, targets_X, weight_VD, entropy_X)
         ctx.softcap, ctx.temperature, ctx.dtype = head.softcap, head.temperature, dtype
         ctx.set_materialize_grads(False)
@@ -93,17 +92,39 @@ class _LogProb(torch.autograd.Function):
             part, z_xV = chunk.part, chunk.logits_xV
             d_target_x1 = d_logprob_X[part, None] * head.slope_(z_xV.gather(1, targets_X[part, None]))
             p_weight_x1 = (d_lse_X - d_logprob_X)[part, None]
+            entropy = None if outer[2] is None else (d_entropy_X[part, None], entropy_X[part, None])
             for v in head.tiles():
-                log_p_xv = chunk.log_probs(z_xV[:, v])
-                d_xv = log_p_xv.exp()
-                if outer[2] is None:
-                    d_xv *= p_weight_x1
-                else:
-                    d_xv *= p_weight_x1 - d_entropy_X[part, None] * (log_p_xv + entropy_X[part, None])
-                head.slope_(z_xV[:, v]).mul_(d_xv)
+                _into_gradient_(z_xV[:, v], *chunk.sums, p_weight_x1, head.softcap, head.temperature, entropy)
             z_xV.scatter_add_(1, targets_X[part, None], d_target_x1)
             grads.add(head, chunk)
         return grads.hidden_XD, None, grads.weight_VD, None
+
+
+@fused
+def _entropy(logits_xv: Tensor, top_x1: Tensor, log_sum_x1: Tensor) -> Tensor:
+    """The tile's part of the entropies, [x]."""
+    log_p_xv = log_probs(logits_xv, top_x1, log_sum_x1)
+    return -log_p_xv.exp().mul_(log_p_xv).sum(-1)
+
+
+@fused
+def _into_gradient_(
+    logits_xv: Tensor,
+    top_x1: Tensor,
+    log_sum_x1: Tensor,
+    p_weight_x1: Tensor,
+    cap: float | None,
+    temperature: float,
+    entropy: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Logits become the gradient by h . W^T of p_weight * lse (`entropy`: its outer gradient and its value)."""
+    log_p_xv = log_probs(logits_xv, top_x1, log_sum_x1)
+    if entropy is None:
+        d_xv = log_p_xv.exp_().mul_(p_weight_x1)
+    else:
+        d_entropy_x1, entropy_x1 = entropy
+        d_xv = log_p_xv.exp() * (p_weight_x1 - d_entropy_x1 * (log_p_xv + entropy_x1))
+    slope_(logits_xv, cap, temperature).mul_(d_xv)
 
 
 def cross_entropy(
@@ -193,12 +214,11 @@ class _SparseTargets(MadeForward):
             z_xV, ids_xK, mass_xK = chunk.logits_xV, ids_XK[chunk.part], mass_XK[chunk.part]
             at_xK = z_xV.gather(1, ids_xK)
             mass_x1 = mass_xK.sum(-1, keepdim=True)
-            total -= (mass_xK * chunk.log_probs(at_xK)).sum()
+            total -= (mass_xK * log_probs(at_xK, *chunk.sums)).sum()
             correct += (mass_x1 * (at_xK[:, :1] >= chunk.top_x1)).sum()
             if grads.any:
                 for v in head.tiles():
-                    d_xv = chunk.log_probs(z_xV[:, v]).exp_().mul_(mass_x1)
-                    head.slope_(z_xV[:, v]).mul_(d_xv)
+                    _into_gradient_(z_xV[:, v], *chunk.sums, mass_x1, head.softcap, head.temperature)
                 z_xV.scatter_add_(1, ids_xK, -mass_xK * head.slope_(at_xK))
                 grads.add(head, chunk)
         ctx.mark_non_differentiable(correct)
