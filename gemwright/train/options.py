@@ -176,8 +176,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(TrainConfig, ModelOptions):
-    """The options of fine-tuning, named as in TRL."""
+class DataOptions:
+    """Which data is trained on, and how it becomes rows; named as in TRL."""
 
     dataset_name: str
     """JSONL, CSV or Parquet file or glob, a folder that `datasets` saved, or a dataset's name on the hub."""
@@ -201,13 +201,27 @@ class SftConfig(TrainConfig, ModelOptions):
     """Places of a row: tokens that are read at once."""
     overlong: Literal["truncate", "drop", "split"] = "truncate"
     """What becomes of longer documents."""
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 1:
+            raise ValueError(f"max_seq_length: got {self.max_seq_length}, allowed is 1 or more")
+
+    @property
+    def eval_name(self) -> str | None:
+        """The data to evaluate on: another set, or another split of the same."""
+        return self.eval_dataset_name or (self.dataset_name if self.dataset_test_split else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainConfig, ModelOptions, DataOptions):
+    """The options of fine-tuning, named as in TRL."""
+
     packing: bool = False
     """Many documents in a row; they do not see each other."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_seq_length < 1:
-            raise ValueError(f"max_seq_length: got {self.max_seq_length}, allowed is 1 or more")
+        TrainConfig.__post_init__(self)
+        DataOptions.__post_init__(self)
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit: given without use_peft; a 4-bit base is frozen, train an adapter over it")
 

@@ -38,7 +38,7 @@ from gemwright.tokenizer import Tokenizer
 from gemwright.train.card import push, write_card
 from gemwright.train.distributed import World
 from gemwright.train.export import Export, adapter, whole_model
-from gemwright.train.options import SFT_FREE, SftConfig
+from gemwright.train.options import SFT_FREE, DataOptions, SftConfig
 from gemwright.train.speed import choose_precision
 from gemwright.train.trainer import Outcome, Trainer
 
@@ -53,8 +53,8 @@ def sft(config: SftConfig) -> Outcome:
         if config.attn_implementation == "eager" and world.leads:
             print("attn_implementation: eager, computed exactly by a faster path in linear memory", file=sys.stderr)
         tokenizer = Tokenizer.load(base)
-        train = _loader(config, tokenizer, world)
-        evaluation = _evaluation(config, tokenizer, world)
+        train = loader(config, tokenizer, world)
+        held_out = evaluation(config, tokenizer, world)
         if world.leads:
             print(f"data: {train.report()}; {train.steps} updates an epoch", file=sys.stderr)
         torch.manual_seed(config.seed)  # the adapter's fresh factors, the same on every rank
@@ -62,7 +62,7 @@ def sft(config: SftConfig) -> Outcome:
         trainer = Trainer(
             model, loss, train, config,
             total=config.updates(train.steps), world=world, export=export(model, config, base),
-            eval_data=evaluation, free=SFT_FREE, settings={"base": fingerprint(base)},
+            eval_data=held_out, free=SFT_FREE, settings={"base": fingerprint(base)},
         )  # fmt: skip
         outcome = trainer.train()
         if outcome == "done" and world.leads:
@@ -92,36 +92,40 @@ def loss(model: Gemma2, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tens
     return total, count, {"accuracy": correct}
 
 
-def _documents(config: SftConfig, name: str, split: str | None, tokenizer: Tokenizer, world: World) -> Documents:
+def documents(
+    options: DataOptions, name: str, split: str | None, tokenizer: Tokenizer, world: World, *, cache: Path
+) -> Documents:
     """The tokenised documents of a data set: made by the first rank, mapped by all."""
     format = Format(
-        kind=config.dataset_kind, text_field=config.dataset_text_field, answers=config.answers,
-        fold_system=config.fold_system,
+        kind=options.dataset_kind, text_field=options.dataset_text_field, answers=options.answers,
+        fold_system=options.fold_system,
     )  # fmt: skip
-    source = open_source(name, config=config.dataset_config, split=split)
+    source = open_source(name, config=options.dataset_config, split=split)
     with world.first():
-        return tokenize(source, tokenizer, format, cache=config.token_folder)
+        return tokenize(source, tokenizer, format, cache=cache)
 
 
-def _loader(config: SftConfig, tokenizer: Tokenizer, world: World) -> Loader:
+def loader(config: SftConfig, tokenizer: Tokenizer, world: World) -> Loader:
+    """Batches to train on, without end."""
     batching = Batching(
         length=config.max_seq_length, rows=config.per_device_train_batch_size, seed=config.seed,
         accumulation=config.gradient_accumulation_steps, rank=world.rank, world=world.size, packing=config.packing,
         overlong=config.overlong,
     )  # fmt: skip
-    documents = _documents(config, config.dataset_name, config.dataset_train_split, tokenizer, world)
-    return Loader(documents, batching, epochs=None)
+    name, split = config.dataset_name, config.dataset_train_split
+    return Loader(documents(config, name, split, tokenizer, world, cache=config.token_folder), batching, epochs=None)
 
 
-def _evaluation(config: SftConfig, tokenizer: Tokenizer, world: World) -> Loader | None:
-    name = config.eval_dataset_name or (config.dataset_name if config.dataset_test_split else None)
-    if name is None:
+def evaluation(config: SftConfig, tokenizer: Tokenizer, world: World) -> Loader | None:
+    """Batches to evaluate on, where there is data for it."""
+    if config.eval_name is None:
         return None
     batching = Batching(
         length=config.max_seq_length, rows=config.per_device_eval_batch_size, rank=world.rank, world=world.size,
         shuffle=False, packing=config.packing, overlong=config.overlong,
     )  # fmt: skip
-    return Loader(_documents(config, name, config.dataset_test_split, tokenizer, world), batching)
+    name, split = config.eval_name, config.dataset_test_split
+    return Loader(documents(config, name, split, tokenizer, world, cache=config.token_folder), batching)
 
 
 def load(config: SftConfig, base: Path, world: World) -> Gemma2:
