@@ -7,46 +7,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from page_fixtures import BUNDLED, Desk, done, kept, launched, needs_chromium, opened, profile, say, served, told
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from page_fixtures import BUNDLED, Desk, done, kept, needs_chromium, say, told
+from playwright.sync_api import BrowserContext, Page, expect
 from serve_fixtures import CONTEXT, application, listening, tiny
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[Desk, str]]:
-    desk = Desk()
-    with served(desk) as url:
-        yield desk, url
-
-
-@pytest.fixture
-def desk(server: tuple[Desk, str]) -> Desk:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    with profile(browser) as made:
-        yield made
-
-
-@pytest.fixture
-def page(context: BrowserContext, server: tuple[Desk, str], desk: Desk) -> Page:
-    return opened(context, server[1])
 
 
 def test_a_conversation_with_the_real_server(context: BrowserContext, tmp_path: Path) -> None:
@@ -296,12 +265,10 @@ def test_the_model_picker_and_the_first_line(page: Page, desk: Desk) -> None:
     expect(page.locator("#room")).to_have_text("8 of 100 tokens")
 
 
-def test_the_key_is_asked_for_and_stays_in_the_tab(
-    context: BrowserContext, server: tuple[Desk, str], desk: Desk
-) -> None:
+def test_the_key_is_asked_for_and_stays_in_the_tab(context: BrowserContext, desk: Desk, desk_url: str) -> None:
     desk.key = "secret-key"
     page = context.new_page()
-    page.goto(server[1])
+    page.goto(desk_url)
     page.get_by_text("Enter the key").click()
     expect(page.locator("#key")).to_be_focused()
     page.fill("#key", "secret-key")
@@ -312,7 +279,7 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(
     page.reload()
     expect(page.locator("#model option")).to_have_count(2)
     other = context.new_page()
-    other.goto(server[1])
+    other.goto(desk_url)
     expect(other.get_by_text("Enter the key")).to_be_visible()
 
 
@@ -349,12 +316,12 @@ def test_full_storage_is_told_and_the_answer_stays_on_the_page(page: Page, desk:
     expect(page.locator("#notice")).to_contain_text("does not keep the conversation (QuotaExceededError)")
 
 
-def test_a_phone(context: BrowserContext, server: tuple[Desk, str], desk: Desk) -> None:
+def test_a_phone(context: BrowserContext, desk: Desk, desk_url: str) -> None:
     wide = "w" * 300 + "\n```\n" + "x = 1; " * 60 + "\n```\n|" + "a column|" * 20 + "\n|" + "-|" * 20
     desk.scripts = [[wide]]
     page = context.new_page()
     page.set_viewport_size({"width": 340, "height": 640})
-    page.goto(server[1])
+    page.goto(desk_url)
     expect(page.locator("#sidebar")).to_be_hidden()
     say(page, "y" * 300)
     done(page)

@@ -4,43 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
-from page_fixtures import Desk, done, launched, needs_chromium, opened, profile, say, served, told
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from page_fixtures import Desk, done, needs_chromium, say, told
+from playwright.sync_api import Page, expect
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[Desk, str]]:
-    desk = Desk()
-    with served(desk) as url:
-        yield desk, url
-
-
-@pytest.fixture
-def desk(server: tuple[Desk, str]) -> Desk:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    with profile(browser) as made:
-        yield made
-
-
-@pytest.fixture
-def page(context: BrowserContext, server: tuple[Desk, str], desk: Desk) -> Page:
-    return opened(context, server[1])
 
 
 def rendered(page: Page, *texts: str) -> str:

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from serve_fixtures import CONTEXT, application, client, tiny
+from serve_fixtures import CONTEXT
 
 from gemwright.lm import LM
 
 ASK: Any = [{"role": "user", "content": "The capital of France"}]
 URL = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return tiny(tmp_path_factory.mktemp("serve") / "model")
-
-
-@pytest.fixture(scope="module")
-def http(lm: LM) -> Iterator[TestClient]:
-    with client(application(lm)) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def api(http: TestClient) -> Any:
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
 
 
 def test_the_answer_is_the_models_own(api: Any, lm: LM) -> None:

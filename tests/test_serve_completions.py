@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -13,24 +12,13 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from serve_fixtures import CONTEXT, application, client, tiny
+from serve_fixtures import CONTEXT
 
 from gemwright import generate
 from gemwright.lm import LM
 
 URL = "/v1/completions"
 TEXT = "The capital of Italy is Rome.\nTell me of L'été"
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return tiny(tmp_path_factory.mktemp("serve") / "model")
-
-
-@pytest.fixture(scope="module")
-def http(lm: LM) -> Iterator[TestClient]:
-    with client(application(lm)) as made:
-        yield made
 
 
 def post(http: TestClient, url: str = URL, **body: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from gemwright import prompt
 from gemwright.engine.engine import Engine
 from gemwright.lm import LM
+from gemwright.loader import load_model
 from gemwright.lora import LoraConfig, add_lora, save_adapter
 from gemwright.serve.chat import Chat
 from gemwright.serve.schema import ChatBody
@@ -28,18 +28,8 @@ SCHEMA = {
     "required": ["city", "old"],
     "additionalProperties": False,
 }
+CONTEXT = 2048
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return tiny(tmp_path_factory.mktemp("serve") / "model", max_position_embeddings=2048)
-
-
-@pytest.fixture(scope="module")
-def http(lm: LM) -> Iterator[TestClient]:
-    with client(application(lm)) as made:
-        yield made
 
 
 def answer(http: TestClient, **body: Any) -> str:
@@ -93,6 +83,7 @@ def test_a_form_that_cannot_be_is_refused_by_name(http: TestClient, body: dict[s
 
 def test_an_adapter_is_a_model_of_its_own(tmp_path: Path) -> None:
     lm, other = tiny(tmp_path / "model"), tiny(tmp_path / "other")
+    other.model = load_model(other.folder, device=other.device, pack=False)
     for name in add_lora(other.model, LoraConfig(rank=2)):
         nn.init.normal_(other.model.get_submodule(name).lora_B, std=0.3)  # type: ignore[arg-type]
     folder = save_adapter(other.model, tmp_path / "poet")

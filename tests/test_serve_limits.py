@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from serve_fixtures import application, client, tiny
+from serve_fixtures import application, client
 
 from gemwright.engine.engine import Engine
 from gemwright.engine.request import TokenEvent
@@ -25,11 +25,6 @@ from gemwright.serve.settings import Keys, Settings, read_keys
 KEY = "first-key-of-two"
 BODY = {"prompt": "The capital", "max_tokens": 3, "temperature": 0}
 URL = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return tiny(tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="module")

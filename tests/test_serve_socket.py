@@ -18,18 +18,13 @@ import folder_fixtures
 import httpx2
 import pytest
 from fastapi import FastAPI
-from serve_fixtures import application, listening, tiny
+from serve_fixtures import application, listening
 
 from gemwright.lm import LM
 
 CONTEXT = 1024
 LONG = {"prompt": "The capital", "min_tokens": 900, "max_tokens": 900, "temperature": 0, "stream": True}
 SHORT = {"prompt": "The capital", "max_tokens": 4, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return tiny(tmp_path_factory.mktemp("serve") / "model", max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture

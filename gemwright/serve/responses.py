@@ -73,7 +73,8 @@ class TextOptions(Body):
 class ResponsesBody(Body):
     """POST /v1/responses."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MESSAGES)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MESSAGES - 1)]
+    """One message fewer than a chat may have, since `instructions` become one."""
     model: str | None = None
     instructions: str | None = None
     """A system text in front of the conversation."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gemwright import __version__
 from gemwright.engine.request import Request
@@ -36,8 +36,21 @@ NEUTRAL: Final = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 class Grammar(Body):
+    """A JSON schema, as an object or as its text, or a regex."""
+
     type: Literal["json", "regex"]
     value: str | dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Grammar:
+        if self.type == "json" and isinstance(self.value, str):
+            try:
+                self.value = json.loads(self.value)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"value: not JSON: {error}") from error
+        if isinstance(self.value, dict) != (self.type == "json"):
+            raise ValueError("value: allowed are a JSON schema with type json, and a text with type regex")
+        return self
 
 
 class Parameters(Body):
