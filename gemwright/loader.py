@@ -7,6 +7,7 @@ packed, and let go before the next. On CPU in the stored dtype the parameters ar
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
 from gemwright.ops.linear import cpu_linear
 from gemwright.parallel import TensorParallel, shard_config
-from gemwright.swap import put
+from gemwright.swap import Make, maker, put
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def load_model(
     attention: str = "auto",
     pack: bool = True,
     parallel: TensorParallel | None = None,
+    swaps: Mapping[str, Make] | None = None,
 ) -> Gemma2:
     """Gemma2 in evaluation mode with the weights of a local folder.
 
@@ -85,6 +87,8 @@ def load_model(
         attention: backend name for every phase, or `auto`.
         pack: on CPU, bring the linears into the form that is read fastest; such a model cannot be trained.
         parallel: this process's place among those that hold the model together; only its slices are read.
+        swaps: as for `swap.swap`, of the projections: each is replaced before the next is read, so that a quantized
+            model never has its full weights beside it.
     Raises:
         CheckpointError: the folder is damaged or incomplete.
         ConfigError: the configuration asks for arithmetic that Gemma 2 does not have.
@@ -100,14 +104,21 @@ def load_model(
     with torch.device("meta"):
         model = Gemma2(config if parallel is None else shard_config(config, parallel.world), chosen)
     model.config = config
+    used = set()
     for name in config.parameter_shapes():
         if name == EMBEDDING:
             tensor = checkpoint.tensor(name, slice(0, config.vocab_size))
         else:
             tensor = checkpoint.tensor(name) if parallel is None else parallel.read(checkpoint, config, name)
         _assign(model, name, tensor.to(device, dtype))
-        if pack and device.type == "cpu" and name.endswith("_proj.weight"):
-            _pack(model, name.removesuffix(".weight"))
+        linear = name.removesuffix(".weight")
+        if swaps and linear.endswith("_proj") and (pattern := maker(linear, swaps)) is not None:
+            put(model, linear, swaps[pattern](linear, _linear(model, linear)))
+            used.add(pattern)
+        elif pack and device.type == "cpu" and linear.endswith("_proj"):
+            _pack(model, linear)
+    if unused := set(swaps or ()) - used:
+        raise ValueError(f"swaps: no projection matches {sorted(unused)}")
     model.tie()
     if pack and device.type == "cpu":
         _pack(model, "lm_head")
@@ -123,6 +134,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _pack(model: nn.Module, name: str) -> None:
+    put(model, name, cpu_linear(_linear(model, name)))
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear), name
-    put(model, name, cpu_linear(linear))
+    return linear

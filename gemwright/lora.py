@@ -1,7 +1,8 @@
 """LoRA (arXiv 2106.09685): y = x W^T + s (x A^T) B^T with W frozen, A [r, in], B [out, r], and s = alpha / r.
 
 Training: `add_lora` puts a LoRALinear in the place of named linears. A starts as the paper's Gaussian and B at zero, so
-a fresh adapter is the identity. Factors are fp32 whatever the base: an optimizer's small steps vanish in bf16.
+a fresh adapter is the identity. Factors are fp32 whatever the base: an optimizer's small steps vanish in bf16. Products
+with them are bf16 where the input is and the device multiplies it natively.
 
 Serving: `AdapterSlots` holds several adapters over one model and lets each row of a batch choose. Rows are grouped by
 adapter, so the arithmetic is that of the adapted rows alone, and a row never meets another one's factors. Gathering
@@ -37,6 +38,7 @@ from gemwright.adapter import load_adapter as load_adapter
 from gemwright.checkpoint import EMBEDDING, Checkpoint, write
 from gemwright.config import ModelConfig
 from gemwright.model import Gemma2
+from gemwright.ops.head import product_dtype
 from gemwright.swap import put
 
 
@@ -64,8 +66,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x_XD: Tensor) -> Tensor:
         y_XF: Tensor = self.base(x_XD)
-        low_Xr = F.linear(F.dropout(x_XD, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
-        return (y_XF + self.scale * F.linear(low_Xr, self.lora_B)).to(y_XF.dtype)  # one rounding, after the sum
+        dtype = product_dtype(x_XD)
+        low_Xr = F.linear(F.dropout(x_XD, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
+        return torch.add(y_XF, F.linear(low_Xr, self.lora_B.to(dtype)), alpha=self.scale).to(y_XF.dtype)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -20,6 +20,11 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def maker(name: str, makers: Mapping[str, Make]) -> str | None:
+    """The first pattern that matches a linear's full name."""
+    return next((pattern for pattern in makers if re.fullmatch(pattern, name)), None)
+
+
 def swap(model: nn.Module, makers: Mapping[str, Make]) -> list[str]:
     """Replace every `nn.Linear` whose full name matches a regular expression (first match wins); names replaced.
 
@@ -29,7 +34,7 @@ def swap(model: nn.Module, makers: Mapping[str, Make]) -> list[str]:
     used: set[str] = set()
     replaced = []
     for name, linear in linears.items():
-        pattern = next((p for p in makers if re.fullmatch(p, name)), None)
+        pattern = maker(name, makers)
         if pattern is None:
             continue
         put(model, name, makers[pattern](name, linear))

@@ -21,6 +21,7 @@ from torch._dynamo import config as dynamo
 from torch.utils._pytree import tree_leaves
 
 from gemwright.ops import divergence as divergences
+from gemwright.ops import fuse
 from gemwright.ops import head as heads
 from gemwright.ops import loss as losses
 from gemwright.ops.divergence import DIVERGENCES, divergence
@@ -44,8 +45,8 @@ def both(function: Callable[..., Any], *arguments: Any) -> None:
     plain = inspect.unwrap(function)
     one, other = arguments, copy.deepcopy(arguments)
     want = plain(*one)
-    with dynamo.patch(specialize_float=True, recompile_limit=heads.VARIANTS):
-        got = heads.compiled(plain)(*other)
+    with dynamo.patch(specialize_float=True, recompile_limit=fuse.VARIANTS):
+        got = fuse.compiled(plain)(*other)
     for a, b in zip(tree_leaves((got, other)), tree_leaves((want, one)), strict=True):
         if isinstance(a, Tensor):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)

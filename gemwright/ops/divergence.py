@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemwright.ops.head import Gradients, Head, fused, log_probs, product_dtype, slope_, wide
+from gemwright.ops.fuse import fused
+from gemwright.ops.head import Gradients, Head, log_probs, product_dtype, slope_, wide
 from gemwright.ops.loss import MadeForward, counted, gradients_wanted, sparse_targets
 
 Terms = tuple[Tensor, Tensor]

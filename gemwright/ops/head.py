@@ -16,16 +16,16 @@ Legend: X tokens (x in one chunk), D model, V vocabulary (v in one tile).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from gemwright.ops.attention import softcap
 from gemwright.ops.cpu import has_fast_bf16
+from gemwright.ops.fuse import fused
 
 CHUNK_BYTES: Final = 128 * 2**20
 """Bytes of fp32 logits that one chunk of `chunks` may take by default."""
@@ -38,33 +38,6 @@ CHUNK_FLOOR: Final = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 TILE: Final = {"cpu": 512}
 """Ids of the vocabulary in a tile, where it is not all of them. On CPU a tile's temporaries stay in the caches (best
 from 455 to 1024 ids, 256 to 2304 wide, measured on AVX2)."""
-VARIANTS: Final = 64
-"""Compilations of one fused function: for each cap, temperature, dtype and divergence. Past them it runs as it is."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def fused(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """A function of a tile of logits: compiled where that lies on CUDA, elsewhere as it is."""
-
-    @wraps(function)
-    def call(first: Tensor, /, *others: P.args, **named: P.kwargs) -> R:
-        if not first.is_cuda:
-            return function(first, *others, **named)
-        from torch._dynamo import config as dynamo
-
-        # a float is a constant: as a symbol it cannot be lowered (torch 2.13)
-        with dynamo.patch(specialize_float=True, recompile_limit=VARIANTS):
-            return compiled(function)(first, *others, **named)  # type: ignore[no-any-return]
-
-    return call
-
-
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function for any number of tokens."""
-    return torch.compile(function, dynamic=True)
 
 
 def chunks(tokens: int, vocab: int, limit: int = CHUNK_BYTES) -> Iterator[slice]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemwright.ops.attention import softcap as cap_logits
-from gemwright.ops.head import Gradients, Head, fused, log_probs, product_dtype, slope_, wide
+from gemwright.ops.fuse import fused
+from gemwright.ops.head import Gradients, Head, log_probs, product_dtype, slope_, wide
 
 
 def reference(

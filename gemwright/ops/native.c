@@ -124,3 +124,38 @@ void softcap(const float *x, float *y, i64 count, float cap, int threads)
     for (i64 i = 0; i < count; i += DEPTH)
         softcap_part(x + i, y + i, MIN(DEPTH, count - i), cap);
 }
+
+typedef uint16_t halves __attribute__((vector_size(2 * STEP)));
+
+INLINE void nf4_block_bf16(const uint8_t *packed, const float *levels, float scale, uint16_t *y)
+{
+    halves table = {0}; /* what the 16 codes stand for in this block */
+    for (int code = 0; code < 16; code++)
+        put(&table, code, 1, levels[code] * scale);
+    UNROLL for (int i = 0; i < 64; i += STEP) {
+        words bytes;
+        for (int lane = 0; lane < LANES; lane++)
+            bytes[lane] = packed[i / 2 + lane];
+        halves codes = (halves)(bytes >> 4 | (bytes & 15) << 16); /* the upper four bits come first */
+        codes = __builtin_shuffle(table, codes);
+        memcpy(y + i, &codes, sizeof codes);
+    }
+}
+INLINE void nf4_block_fp32(const uint8_t *packed, const float *levels, float scale, float *y)
+{
+    for (int i = 0; i < 32; i++) {
+        y[2 * i] = levels[packed[i] >> 4] * scale;
+        y[2 * i + 1] = levels[packed[i] & 15] * scale;
+    }
+}
+/* Blocks of 64 weights: level[code] * scale, two codes a byte, the first in the upper four bits. */
+void nf4(const uint8_t *packed, const float *levels, const float *scales, void *y, i64 blocks, int bf16, int threads)
+{
+#pragma omp parallel for num_threads(blocks < SMALL / 64 ? 1 : threads)
+    for (i64 b = 0; b < blocks; b++) {
+        if (bf16)
+            nf4_block_bf16(packed + 32 * b, levels, scales[b], at(y, 64 * b, 1));
+        else
+            nf4_block_fp32(packed + 32 * b, levels, scales[b], at(y, 64 * b, 0));
+    }
+}

@@ -59,6 +59,7 @@ _ARGUMENTS: Final = {
     "rotate": [*[c_void_p] * 4, *[c_int64] * 3, c_int, c_int],
     "softcap": [*[c_void_p] * 2, c_int64, c_float, c_int],
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
+    "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
 
@@ -225,6 +226,19 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     y = torch.empty_like(x)
     _kernels().softcap(x.data_ptr(), y.data_ptr(), x.numel(), cap, torch.get_num_threads())
     return y
+
+
+def nf4(packed_P: Tensor, levels: Tensor, scales_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of blocks of 64, flat: levels[code] * scale rounded to `dtype`; two codes a byte, the upper one first."""
+    assert packed_P.dtype is torch.uint8 and packed_P.is_contiguous() and packed_P.is_cpu, packed_P.stride()
+    assert len(packed_P) == 32 * len(scales_b) and levels.shape == (16,), (packed_P.shape, scales_b.shape, levels.shape)
+    assert not _check(levels, scales_b), "levels and scales are fp32"
+    weight_n = torch.empty(64 * len(scales_b), dtype=dtype)
+    _kernels().nf4(
+        packed_P.data_ptr(), levels.data_ptr(), scales_b.data_ptr(), weight_n.data_ptr(), len(scales_b),
+        _check(weight_n), torch.get_num_threads(),
+    )  # fmt: skip
+    return weight_n
 
 
 def paged_attention(

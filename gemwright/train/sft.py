@@ -9,8 +9,6 @@ and head, LoRA leaves it as it is.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +31,7 @@ from gemwright.lora import add_lora
 from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
 from gemwright.ops.loss import cross_entropy
-from gemwright.swap import swap
+from gemwright.quant import nf4
 from gemwright.tokenizer import Tokenizer
 from gemwright.train.card import push, write_card
 from gemwright.train.distributed import World
@@ -139,29 +137,18 @@ def load(config: SftConfig, base: Path, world: World) -> Gemma2:
         device=torch.device("cpu") if sharded else world.device,
         dtype="auto" if sharded and not config.use_peft and dtype == torch.bfloat16 else dtype,
         pack=False,
+        swaps={r".*_proj": nf4.make} if config.load_in_4bit else None,
     )
     model.attention = Attention.resolve(
         "auto" if config.attn_implementation == "eager" else config.attn_implementation,
         device=world.device.type, dtype=dtype, cap=model.config.attn_logit_softcapping,
         window=model.config.sliding_window,
     )  # fmt: skip
-    if config.load_in_4bit:
-        quantize(model)
     if config.use_peft:
         add_lora(model, lora_config(config))
     else:
         model.requires_grad_(True)
     return model
-
-
-def quantize(model: Gemma2) -> list[str]:
-    """Put NF4 linears in the place of all projections; their names."""
-    name = "gemwright.quant.nf4"
-    if importlib.util.find_spec("gemwright.quant") is None or importlib.util.find_spec(name) is None:
-        raise ValueError(
-            "load_in_4bit: this version has no NF4; train the adapter over the bf16 base, without the option"
-        )
-    return swap(model, {r".*_proj": importlib.import_module(name).make})
 
 
 def lora_config(config: SftConfig) -> LoraConfig:

@@ -1,9 +1,10 @@
 """What makes a step fast or small, put on a model from outside; and what its speed is measured by.
 
-Blocks are compiled one by one, with attention left out of the graph: its backends plan in Python (blocked) or are
-compiled already (flex). All blocks share one code object, and their weights are inputs of it, so it is compiled once.
-Recomputation (arXiv 1604.06174) keeps a block's input alone and runs the block again in backward; it is put around the
-compiled block, so that random states and saved tensors are its own.
+Blocks are compiled one by one. Left out of the graph are attention, whose backends plan in Python (blocked) or are
+compiled already (flex), and quantized linears: the compiler would keep for backward the weight that they make anew.
+All blocks share one code object, and their weights are inputs of it, so it is compiled once. Recomputation (arXiv
+1604.06174) keeps a block's input alone and runs the block again in backward; it is put around the compiled block, so
+that random states and saved tensors are its own.
 
 MFU (arXiv 2204.02311, appendix B) counts the multiplications that training needs, recomputation not among them: for
 each token 2 x weights forward, 2 x backward to the inputs, 2 x backward to the weights where they are trained, and for
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemwright.model import Gemma2
 from gemwright.ops.cpu import has_fast_bf16
+from gemwright.quant.nf4 import Nf4Linear
 from gemwright.train.options import Compile, TrainConfig
 
 COMPILE_UPDATES: Final = 200
@@ -58,12 +60,15 @@ def recompute_blocks(model: Gemma2) -> None:
 
 
 def compile_blocks(model: Gemma2) -> None:
-    """Compile the blocks, attention excepted."""
+    """Compile the blocks, attention and quantized linears excepted."""
     opaque = cache(torch.compiler.disable)
 
     def run(compiled: Callable[..., Tensor], x_BTD: Tensor, see: Any, tables: Any, attend: Any, kv: Any) -> Tensor:
         return compiled(x_BTD, see, tables, opaque(attend), kv)
 
+    for module in model.modules():
+        if isinstance(module, Nf4Linear):
+            _replace_forward(module, opaque(module.forward))
     for block in model.model.layers:
         _replace_forward(block, partial(run, torch.compile(block.forward)))
 
@@ -105,6 +110,9 @@ class Work:
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter is not model.model.embed_tokens.weight:
                 token += (6 if parameter.requires_grad else 4) * parameter.numel()
+        for module in model.modules():
+            if isinstance(module, Nf4Linear):
+                token += 4 * module.in_features * module.out_features
         config = model.config
         windows = tuple(config.window(i) for i in range(config.num_hidden_layers))
         key = 12 * config.num_attention_heads * config.head_dim
