@@ -38,8 +38,9 @@ from gemwright.ops.attention import EMPTY, PADDING, PHASES, Attend, Attention, V
 
 Kind = Literal["plain", "cap", "window", "all"]
 
-TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Error allowed to a backend, by the dtype of its inputs."""
+TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+"""Error allowed to a backend, by the dtype of its inputs. Where bf16 is native on a CPU products are rounded to bf16
+(torch 2.13 has no other), and a score of 100 is off by up to 0.25: errors of 3e-2 to 5e-2 were seen past the cap."""
 TOKENS: Final = 32
 """Tokens of the recorded pass."""
 QUERIES: Final = 40

@@ -106,6 +106,12 @@ def distance(got: Tensor, want: Tensor) -> float:
     return max(relative(got, want), relative(got.log_softmax(-1), want.log_softmax(-1)))
 
 
+def noise(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference of log-probabilities, for bf16: the largest one is a matter of luck."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float((got.double().log_softmax(-1) - want.double().log_softmax(-1)).square().mean().sqrt())
+
+
 def positions(rows: int, length: int) -> Tensor:
     """0 .. T-1 in every row."""
     return torch.arange(length).expand(rows, length)

@@ -224,7 +224,7 @@ def test_every_weight_is_exact(cap: float | None) -> None:
         torch.ones(1, 1, 1, PAGE), k.contiguous(), v, zero, zero[0], zero + PAGE - 1, window=None, scale=1.0, cap=cap
     )
     capped = scores.double() if cap is None else cap * torch.tanh(scores.double() / cap)
-    torch.testing.assert_close(got.flatten().double(), capped.softmax(0), atol=0, rtol=3e-7)
+    torch.testing.assert_close(got.flatten().double(), capped.softmax(0), atol=0, rtol=5e-7)
 
 
 # ---- what lies between ----

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import debug, distance, weights
+from oracle import debug, distance, noise, weights
 from parallel_worker import generated, logits, measure
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def test_bf16_partial_sums_round_no_worse(
     truth = logits(model, 1, None)
     for name, alone in one.items():
         if name.startswith("bf16"):
-            assert distance(two[0][0][name], truth) < 1.5 * distance(alone, truth), name
+            assert noise(two[0][0][name], truth) < 1.5 * noise(alone, truth), name
 
 
 def test_every_trait_moves_two_ranks(two: list[tuple[dict[str, Tensor], Any]]) -> None:

@@ -119,6 +119,13 @@ def _flat(x_BSKH: Tensor, dtype: torch.dtype) -> Tensor:
     return x_BSKH.transpose(1, 2).to(dtype).reshape(B * K, S, H)
 
 
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32. CUDA sums and leaves in fp32; a CPU's bf16 product is rounded to bf16 (torch 2.13 has no other)."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b).float()
+
+
 def _weights(
     q_ZgH: Tensor, k_ZsH: Tensor, see: Visibility, block: Block, scale: float, cap: float | None, lse_Zg: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -127,7 +134,7 @@ def _weights(
     `lse_Zg` given (backward) makes the weights normalised.
     """
     tanh = None
-    x = torch.bmm(q_ZgH, k_ZsH.transpose(1, 2)).float().mul_(scale if cap is None else scale / cap)
+    x = _products(q_ZgH, k_ZsH.transpose(1, 2)).mul_(scale if cap is None else scale / cap)
     if cap is not None:
         x.tanh_()
         tanh = None if lse_Zg is None else x.clone()  # only backward needs it
@@ -176,7 +183,7 @@ def _forward(
         q_ZgH = _group(q_BTNH[:, block.queries], K, dtype)
         weights_Zgs, _, shift = _weights(q_ZgH, k_ZSH[:, block.keys], see, block, scale, cap, None)
         total_Zg = weights_Zgs.sum(-1)
-        out_ZgH = torch.bmm(weights_Zgs.to(dtype), v_ZSH[:, block.keys]).float()
+        out_ZgH = _products(weights_Zgs.to(dtype), v_ZSH[:, block.keys])
         out_ZgH /= total_Zg.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
         t = block.queries.stop - block.queries.start
         out_BTNH[:, block.queries] = _ungroup(out_ZgH, B, t)
@@ -213,7 +220,7 @@ class _Blocked(torch.autograd.Function):
             keys = block.keys
             weights_Zgs, tanh_Zgs, _ = _weights(q_ZgH, k_ZSH[:, keys], ctx.see, block, ctx.scale, ctx.cap, lse_Zg)
             dv_ZSH[:, keys] += torch.bmm(weights_Zgs.to(dtype).transpose(1, 2), dout_ZgH)
-            dscores_Zgs = torch.bmm(dout_ZgH, v_ZSH[:, keys].transpose(1, 2)).float()
+            dscores_Zgs = _products(dout_ZgH, v_ZSH[:, keys].transpose(1, 2))
             dscores_Zgs -= (dout_ZgH.float() * out_ZgH).sum(-1, keepdim=True)
             dscores_Zgs *= weights_Zgs
             if tanh_Zgs is not None:  # derivative of cap * tanh(x / cap)
