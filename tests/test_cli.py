@@ -72,7 +72,7 @@ def test_every_verb_explains_itself(run: Run, verb: str) -> None:
     assert code == 0
     assert "For example:" in out
     assert f"  gemwright {verb}" in out
-    assert "--json" in out or verb in ("sft", "pretrain", "fuse")  # training writes log.jsonl
+    assert "--json" in out or verb in ("sft", "pretrain", "distill", "fuse")  # training writes log.jsonl
 
 
 def test_help_of_a_verb_does_not_import_torch() -> None:

@@ -23,6 +23,8 @@ VERBS: Final[dict[str, str]] = {
     "serve": "an OpenAI-compatible server with a chat page",
     "sft": "fine-tune on conversations, completions or text",
     "pretrain": "train from fresh weights",
+    "distill": "teach a student a teacher's whole distribution",
+    "cache-teacher": "store what a teacher says of a data set",
     "fuse": "fold an adapter into its base model",
     "bench": "measure the engine, or a server",
     "info": "shapes, parameters, bytes, and what fits this machine",
@@ -30,7 +32,7 @@ VERBS: Final[dict[str, str]] = {
     "download": "fetch a model from the Hugging Face hub",
     "adopt": "put a Llama-style model into the Gemma 2 architecture",
 }
-"""Verb -> what it does; the module is `gemwright.cli.VERB`."""
+"""Verb -> what it does; the module is `gemwright.cli.VERB`, with `_` for `-`."""
 
 
 def usage() -> str:
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     import tyro
 
-    module = importlib.import_module(f"gemwright.cli.{verb}")
+    module = importlib.import_module(f"gemwright.cli.{verb.replace('-', '_')}")
     try:
         if hasattr(module, "parse"):  # a verb whose options may also come from a file
             options = module.parse(arguments)

@@ -29,7 +29,7 @@ from gemwright.tokenizer import Tokenizer
 from gemwright.train.card import push, write_card
 from gemwright.train.distributed import World
 from gemwright.train.export import whole_model
-from gemwright.train.options import PRETRAIN_FREE, PretrainConfig
+from gemwright.train.options import PRETRAIN_FREE, PretrainConfig, TrainConfig
 from gemwright.train.sft import loss
 from gemwright.train.speed import choose_precision
 from gemwright.train.trainer import Outcome, Trainer
@@ -44,7 +44,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
         data = _data(config, tokenizer, world)
         if world.leads:
             print(f"model: {shape.num_parameters():,} parameters", file=sys.stderr)
-        model = fresh(shape, config, world)
+        model = fresh(shape, config, world, attention=config.attn_implementation)
         dtype = getattr(torch, shape.dtype)
         trainer = Trainer(
             model, loss, data, config,
@@ -90,15 +90,15 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def fresh(shape: ModelConfig, config: PretrainConfig, world: World) -> Gemma2:
+def fresh(shape: ModelConfig, config: TrainConfig, world: World, *, attention: str) -> Gemma2:
     """Fresh weights from the seed, the same on every rank; on the device, or in main memory to be sharded."""
     precision = choose_precision(config, world.device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    attention = Attention.resolve(
-        config.attn_implementation, device=world.device.type, dtype=dtype, cap=shape.attn_logit_softcapping,
+    backends = Attention.resolve(
+        attention, device=world.device.type, dtype=dtype, cap=shape.attn_logit_softcapping,
         window=shape.sliding_window,
     )  # fmt: skip
-    model = Gemma2(shape, attention)
+    model = Gemma2(shape, backends)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -70,7 +70,7 @@ class Data(Protocol[B_co]):
 class Loss(Protocol[B_contra]):
     """An algorithm: sum over targets (0-d, differentiable), their count, and further sums to be divided by it."""
 
-    def __call__(self, model: Gemma2, batch: B_contra) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]: ...
+    def __call__(self, model: Gemma2, batch: B_contra, /) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]: ...
 
 
 class Diverged(RuntimeError):
@@ -302,7 +302,8 @@ class Trainer:
         done = Sums(values[0], values[1], metrics=dict(zip([*sums][2:], values[2:], strict=True)))
         means = done.means("eval_")
         self.evaluated = {"step": self.done, "loss": means["eval_loss"]}
-        perplexity = math.exp(means["eval_loss"]) if means["eval_loss"] < 700 else math.inf
+        nats = means.get("eval_cross_entropy", means["eval_loss"])
+        perplexity = math.exp(nats) if nats < 700 else math.inf
         progress.record({"step": self.done, **means, "perplexity": perplexity})
 
     def _save(self) -> None:
