@@ -38,7 +38,7 @@ from gemwright.adapter import load_adapter as load_adapter
 from gemwright.checkpoint import EMBEDDING, Checkpoint, write
 from gemwright.config import ModelConfig
 from gemwright.model import Gemma2
-from gemwright.ops.head import product_dtype
+from gemwright.ops.cpu import has_fast_bf16
 from gemwright.swap import put
 
 
@@ -60,13 +60,15 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = _features(base)
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
         self.scale = lora_scale(rank, alpha, use_rslora)
+        self.fast_bf16 = has_fast_bf16()  # asked here: the compiler cannot
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         nn.init.normal_(self.lora_A, std=1 / math.sqrt(self.in_features))
 
     def forward(self, x_XD: Tensor) -> Tensor:
         y_XF: Tensor = self.base(x_XD)
-        dtype = product_dtype(x_XD)
+        narrow = x_XD.dtype == torch.bfloat16 and (x_XD.is_cuda or self.fast_bf16)
+        dtype = torch.bfloat16 if narrow else self.lora_A.dtype
         low_Xr = F.linear(F.dropout(x_XD, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
         return torch.add(y_XF, F.linear(low_Xr, self.lora_B.to(dtype)), alpha=self.scale).to(y_XF.dtype)
 

@@ -32,6 +32,9 @@ BLOCK: Final = 128
 VARIANTS: Final = 64
 """Kernels that one process may compile: with and without gradient, documents, one row or many, one block or many. At
 torch's own limit of 8 it would go on with the whole score matrix in memory; past this one it raises."""
+KERNELS: Final[dict[int, dict[str, int]]] = {}
+"""By head size, the tiles of the CUDA kernels where torch's own choice is not the fastest; for BLOCK queries or more,
+since fewer run another kernel."""
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -117,9 +120,10 @@ def flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, sca
     q_BNTH, k_BKSH, v_BKSH = (_pad(x_BLNH).transpose(1, 2) for x_BLNH in (q_BTNH, k_BSKH, v_BSKH))
     mask = see.memo("block_mask", lambda: block_mask(see))
     capped = see.memo(("score_mod", scale, cap), lambda: score_mod(scale, cap, q_BTNH.device))
+    tiles = KERNELS.get(q_BTNH.shape[3]) if q_BTNH.is_cuda and q_BTNH.shape[1] >= BLOCK else None
     with dynamo.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
         out_BNTH: Tensor = _compiled(q_BTNH.device.type)(
-            q_BNTH, k_BKSH, v_BKSH, score_mod=capped, block_mask=mask, scale=1.0, enable_gqa=True
+            q_BNTH, k_BKSH, v_BKSH, score_mod=capped, block_mask=mask, scale=1.0, enable_gqa=True, kernel_options=tiles
         )
     out_BTNH = out_BNTH.transpose(1, 2)[:, : q_BTNH.shape[1]]
     # padding queries see nothing: 0 by definition, whatever the kernel leaves in their rows

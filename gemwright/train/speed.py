@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Final, Protocol
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from gemwright.model import Gemma2
 from gemwright.ops.cpu import has_fast_bf16
 from gemwright.quant.nf4 import Nf4Linear
-from gemwright.train.options import Compile, TrainConfig
+
+if TYPE_CHECKING:
+    from gemwright.train.options import Compile, TrainConfig
 
 COMPILE_UPDATES: Final = 200
 """`auto` compiles runs of at least so many updates: it takes about a minute (42 s on two cores, cold)."""
@@ -68,7 +71,7 @@ def compile_blocks(model: Gemma2) -> None:
 
     for module in model.modules():
         if isinstance(module, Nf4Linear):
-            _replace_forward(module, opaque(module.forward))
+            _replace_forward(module, MethodType(opaque(Nf4Linear.forward), module))  # one function for all of them
     for block in model.model.layers:
         _replace_forward(block, partial(run, torch.compile(block.forward)))
 
