@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -14,6 +15,8 @@ from gemwright.cli.options import Count, File, Flag, Loading, Model, Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from fastapi import FastAPI
 
     from gemwright.engine.engine import Engine
     from gemwright.lm import LM
@@ -84,6 +87,12 @@ class Options:
     """OTLP endpoint for traces, such as http://localhost:4318/v1/traces."""
     json_logs: Flag = False
     """Log as JSON, one object a line."""
+    ray: Flag = False
+    """Serve through Ray: replicas on the cluster of RAY_ADDRESS or of this machine, else on a local one."""
+    replicas: Count = None
+    """Replicas, each with the whole model; with --ray; default: 1."""
+    replica_cpus: Count = None
+    """Cores, and threads, of each; with --ray; default: 1."""
     loading: OmitArgPrefixes[Loading] = field(default_factory=Loading)
 
 
@@ -101,6 +110,10 @@ def run(options: Options) -> int:
         raise ValueError("--certificate and --private-key: both or neither")
     host, port = address(options, os.environ)
     settings = configure(options, os.environ)
+    if options.ray:
+        return run_replicas(options, settings, host, port)
+    if options.replicas is not None or options.replica_cpus is not None:
+        raise ValueError("--replicas and --replica-cpus: allowed with --ray")
     logs.configure(as_json=options.json_logs)
     tracer, shutdown = (tracing.no_tracer, None) if options.otlp is None else tracing.otlp(options.otlp)
     load = loader(options)
@@ -117,6 +130,49 @@ def run(options: Options) -> int:
     finally:
         if shutdown is not None:
             shutdown()
+
+
+def run_replicas(options: Options, settings: Settings, host: str, port: int) -> int:
+    """Serve through Ray until a signal."""
+    from gemwright.serve import logs, replicas
+
+    device = options.loading.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device: got {device!r}, allowed with --ray are auto, cpu and cuda")
+    if port == 0:
+        raise ValueError("--port: got 0, allowed with --ray is the number of a port")
+    wanted = replicas.Replicas(
+        count=1 if options.replicas is None else options.replicas,
+        cpus=1 if options.replica_cpus is None else options.replica_cpus,
+        gpus=int(device == "cuda"),
+    )
+    try:
+        import ray  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray: {error.name} is missing; pip install 'gemwright[ray]'") from error
+    if options.model is not None and Path(options.model).is_dir():  # replicas run in other folders
+        options = replace(options, model=str(Path(options.model).resolve()))
+    logs.configure(as_json=options.json_logs)
+    return replicas.run(
+        partial(build, options, settings),
+        settings,
+        wanted,
+        host=host,
+        port=port,
+        announce=lambda port: banner(options, settings, host, port),
+        certificate=options.certificate,
+        private_key=options.private_key,
+    )
+
+
+def build(options: Options, settings: Settings) -> FastAPI:
+    """The application of a replica, made where the replica runs."""
+    from gemwright.serve import logs, tracing
+    from gemwright.serve.app import create_app
+
+    logs.configure(as_json=options.json_logs)
+    tracer = tracing.no_tracer if options.otlp is None else tracing.otlp(options.otlp)[0]
+    return create_app(loader(options), settings, tracer=tracer)
 
 
 def address(options: Options, environment: Mapping[str, str]) -> tuple[str, int]:
@@ -193,6 +249,6 @@ def banner(options: Options, settings: Settings, host: str, port: int) -> None:
         f"Chat page: {url}/",
         f"API: {url}/v1, model {settings.name!r}",
         f"Access: {keys}",
-        "Loading the model ...",
+        *(() if options.ray else ("Loading the model ...",)),
     )
     print("\n".join(lines), file=sys.stderr, flush=True)
