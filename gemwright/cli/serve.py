@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from gemwright.engine.engine import Engine
+    from gemwright.engine.speculative import Proposer
     from gemwright.lm import LM
+    from gemwright.parallel import TensorParallel
     from gemwright.serve.settings import Settings
 
 LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
@@ -45,6 +47,8 @@ class Options:
       gemwright serve google/gemma-2-9b-it --host 0.0.0.0 --api-key-file keys.txt
 
       gemwright serve FOLDER --adapter poet=lora-folder --rows 64 --otlp http://localhost:4318/v1/traces
+
+      torchrun --standalone --nproc-per-node 2 -m gemwright serve google/gemma-2-27b-it
     """
 
     model: Model = None
@@ -63,6 +67,10 @@ class Options:
     """Tokens that go through the model in a step; more than --rows."""
     cache_tokens: Count = None
     """Positions that the key and value cache holds; default: a share of the free memory."""
+    lookup: Flag = False
+    """Guess tokens from what was said before and verify them: the same answers, sooner where they quote."""
+    draft: Text = None
+    """Folder or hub name of a smaller model of the same vocabulary whose guesses are verified; not under torchrun."""
     api_key_file: File = None
     """File with API keys, one a line."""
     metrics_key: Flag = False
@@ -99,7 +107,7 @@ class Options:
 def run(options: Options) -> int:
     """Serve until a signal."""
     try:
-        from gemwright.serve import logs, tracing
+        from gemwright.serve import logs, ranks, tracing
         from gemwright.serve.app import create_app
         from gemwright.serve.server import run as run_server
     except ModuleNotFoundError as error:
@@ -108,6 +116,8 @@ def run(options: Options) -> int:
         raise ValueError(f"{error.name} is missing; pip install 'gemwright[serve]'") from error
     if (options.certificate is None) != (options.private_key is None):
         raise ValueError("--certificate and --private-key: both or neither")
+    if options.lookup and options.draft is not None:
+        raise ValueError("--lookup and --draft: got both, allowed is one")
     host, port = address(options, os.environ)
     settings = configure(options, os.environ)
     if options.ray:
@@ -115,27 +125,34 @@ def run(options: Options) -> int:
     if options.replicas is not None or options.replica_cpus is not None:
         raise ValueError("--replicas and --replica-cpus: allowed with --ray")
     logs.configure(as_json=options.json_logs)
-    tracer, shutdown = (tracing.no_tracer, None) if options.otlp is None else tracing.otlp(options.otlp)
-    load = loader(options)
-    app = create_app(load, settings, tracer=tracer)
-    try:
-        return run_server(
-            app,
-            host=host,
-            port=port,
-            announce=lambda port: banner(options, settings, host, port),
-            certificate=options.certificate,
-            private_key=options.private_key,
-        )
-    finally:
-        if shutdown is not None:
-            shutdown()
+    with options.loading.ranks() as parallel:
+        load = loader(options, parallel)
+        if parallel is not None and parallel.rank:
+            return ranks.follow(load()[1])
+        tracer, shutdown = (tracing.no_tracer, None) if options.otlp is None else tracing.otlp(options.otlp)
+        app = create_app(load, settings, tracer=tracer)
+        try:
+            code = run_server(
+                app,
+                host=host,
+                port=port,
+                announce=lambda port: banner(options, settings, host, port),
+                certificate=options.certificate,
+                private_key=options.private_key,
+            )
+            ranks.close(app.state.worker.engine)
+            return code
+        finally:
+            if shutdown is not None:
+                shutdown()
 
 
 def run_replicas(options: Options, settings: Settings, host: str, port: int) -> int:
     """Serve through Ray until a signal."""
     from gemwright.serve import logs, replicas
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--ray: not under torchrun, which holds one model together; a replica is a whole one")
     device = options.loading.device
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device: got {device!r}, allowed with --ray are auto, cpu and cuda")
@@ -212,21 +229,40 @@ def served_name(model: str | None) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def loader(options: Options) -> Callable[[], tuple[LM, Engine]]:
-    """What loads the model and makes its engine; it runs once the server answers."""
+def loader(options: Options, parallel: TensorParallel | None = None) -> Callable[[], tuple[LM, Engine]]:
+    """What loads the model and makes its engine; it runs once the server answers, or on another rank at once."""
     adapters = dict(split_adapter(text) for text in options.adapter)
+    if options.draft is not None and parallel is not None:
+        raise ValueError("--draft: not under torchrun; --lookup is allowed")
 
     def load() -> tuple[LM, Engine]:
         from gemwright.engine.engine import Engine
+        from gemwright.serve.ranks import Ranked
 
-        lm = options.loading.load(options.model)
-        engine = Engine(lm, rows=options.rows, budget=options.budget, cache_tokens=options.cache_tokens)
+        lm = options.loading.load(options.model, parallel)
+        made: dict[str, Any] = {"rows": options.rows, "budget": options.budget, "cache_tokens": options.cache_tokens}
+        made["proposer"] = proposer(options, lm)
+        engine = Engine(lm, **made) if parallel is None else Ranked(lm, parallel=parallel, **made)
         for name, folder in adapters.items():
             engine.load_adapter(name, folder)
-        print(f"Ready: {lm.folder}, {lm.dtype}, on {lm.device}", file=sys.stderr)
+        if parallel is None or parallel.rank == 0:
+            print(f"Ready: {lm.folder}, {lm.dtype}, on {lm.device}", file=sys.stderr)
         return lm, engine
 
     return load
+
+
+def proposer(options: Options, lm: LM) -> Proposer | None:
+    """What guesses tokens, if anything does. ValueError for a draft model of another vocabulary."""
+    from gemwright.engine.speculative import DraftModel, PromptLookup
+
+    if options.draft is None:
+        return PromptLookup() if options.lookup else None
+    draft = options.loading.load(options.draft)
+    probe = "The 2 models read l'été 中文 🙂 alike.\n"
+    if draft.config.vocab_size != lm.config.vocab_size or draft.encode(probe) != lm.encode(probe):
+        raise ValueError(f"--draft: {options.draft} has another vocabulary than the model")
+    return DraftModel(draft.model, rows=options.rows)
 
 
 def split_adapter(text: str) -> tuple[str, str]:

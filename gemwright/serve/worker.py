@@ -163,9 +163,14 @@ class Worker:
         return self._loaded
 
     @property
+    def engine(self) -> Engine | None:
+        """The engine, whatever the state; None before there is one."""
+        return self._loaded[1] if self._loaded is not None else None
+
+    @property
     def stats(self) -> Stats | None:
         """The engine's counters and gauges; None before there is one."""
-        return self._loaded[1].stats if self._loaded is not None else None
+        return self.engine.stats if self.engine is not None else None
 
     @contextlib.asynccontextmanager
     async def job(self, requests: Sequence[Request], *, streaming: bool = False) -> AsyncIterator[Job]:
