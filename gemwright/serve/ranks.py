@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from gemwright.engine.engine import Engine
@@ -26,7 +27,7 @@ class Ranked(Engine):
     def __init__(self, lm: LM, *, parallel: TensorParallel, **size: Any) -> None:
         """`size`: rows, budget, cache_tokens as for `Engine`, the same on every rank."""
         super().__init__(lm, parallel=parallel, **size)
-        calls = {"submit": self._submit, "cancel": super().cancel, "step": super().step}
+        calls: dict[str, Callable[..., Any]] = {"submit": self._submit, "cancel": super().cancel, "step": super().step}
         self.mirror = Mirror(parallel, calls)
 
     def _submit(self, request: dict[str, Any]) -> str:
