@@ -127,7 +127,7 @@ class Gemma2(nn.Module):
         config = self.config
         # the embedding is scaled in its own dtype: sqrt(2304) is 48.0, sqrt(3584) rounds to 59.75 in bf16
         x_BTD = self.model.embed_tokens(tokens_BT)
-        x_BTD = x_BTD * torch.tensor(math.sqrt(config.hidden_size), dtype=x_BTD.dtype, device=x_BTD.device)
+        x_BTD = x_BTD * x_BTD.new_full((), math.sqrt(config.hidden_size))
         local_BS, global_BS = (pos_BT, pos_BT) if cache is None else cache.advance(pos_BT)
         local = Visibility(pos_BT, local_BS, doc_BT, doc_BT, window=config.sliding_window)
         globe = Visibility(pos_BT, global_BS, doc_BT, doc_BT)

@@ -21,7 +21,7 @@ Legend: B requests, X rows of logits, V vocabulary, C candidates, W = ceil(V / 3
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemwright.ops.draw import derived, draw, draw_row, largest, likeliest, unpack
+from gemwright.ops.gpu import upload
 
 CANDIDATES: Final = 128
 """Largest logits looked at first."""
@@ -240,6 +241,7 @@ class Sampler:
         histories: Sequence[History | None] | None = None,
         banned: Mapping[int, Iterable[int]] | None = None,
         allowed: tuple[Sequence[int], Tensor] | None = None,
+        likeliest_X: Tensor | None = None,
     ) -> Tensor:
         """Next tokens [X].
 
@@ -251,6 +253,7 @@ class Sampler:
             histories: for each row, what came before; needed where the request is `penalised`.
             banned: for rows where stop ids may not come yet, those ids.
             allowed: rows under a grammar, and W int32 words for each: bit v % 32 of word v // 32 allows id v.
+            likeliest_X: the first largest logit of each row as it comes in, where that is known.
         """
         rows = range(len(self._params)) if rows is None else rows
         device, X = logits_XV.device, len(logits_XV)
@@ -266,14 +269,16 @@ class Sampler:
                 logits_XV[x].masked_fill_(forbidden_V, -torch.inf)
         kinds = [self._kinds[row] for row in rows]
         if "filtered" not in kinds and "open" not in kinds:
-            return likeliest(logits_XV)
-        row_X = torch.tensor(rows, device=device)
+            known = likeliest_X is not None and not (self._adjusted or banned or allowed is not None)
+            return likeliest_X if known and likeliest_X is not None else likeliest(logits_XV)
+        row_X = upload(rows, device)
         tokens_X = torch.empty(X, dtype=torch.int64, device=device)
         for kind, choose in (("greedy", self._greedy), ("filtered", self._filtered), ("open", self._open)):
             if kinds.count(kind) == X:
                 return choose(logits_XV, row_X, position_X)
             if where := [x for x, other in enumerate(kinds) if other == kind]:
-                tokens_X[where] = choose(logits_XV[where], row_X[where], position_X[where])
+                where_Y = upload(where, device)
+                tokens_X[where_Y] = choose(logits_XV[where_Y], row_X[where_Y], position_X[where_Y])
         return tokens_X
 
     def _bias(self, logits_XV: Tensor, rows: Sequence[int]) -> None:
@@ -309,10 +314,20 @@ class Sampler:
 
     def _filtered(self, logits_XV: Tensor, row_X: Tensor, position_X: Tensor) -> Tensor:
         """A draw from what top-k, top-p and min-p keep."""
-        return draw(*self.candidates(logits_XV, row_X), self._integers_2B[0, row_X, None], position_X[:, None])
+        seed_X1, position_X1 = self._integers_2B[0, row_X, None], position_X[:, None]
+        for scaled_XC, ids_XC, more in self._attempts(logits_XV, row_X):
+            tokens_X = draw(scaled_XC, ids_XC, seed_X1, position_X1)
+            # asked after the draw: where it waits for a device, that has nothing left to do
+            if more is None or not bool(more):
+                break
+        return tokens_X
 
     def candidates(self, logits_XV: Tensor, row_X: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled logits and ids [X, C] of what top-k, top-p and min-p keep, the rest of the C at -inf."""
+        return next((s, i) for s, i, more in self._attempts(logits_XV, row_X) if more is None or not bool(more))
+
+    def _attempts(self, logits_XV: Tensor, row_X: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Candidates, each time more of them, and whether ids beyond them might be kept too; None: they might not."""
         temperature_X1, top_p_X1, min_p_X1 = self._numbers_6B[:3, row_X, None]
         top_k_X1 = self._integers_2B[1, row_X, None]
         V = logits_XV.shape[1]
@@ -330,8 +345,9 @@ class Sampler:
             keep_XC = within_XC & (before_XC < top_p_X1) & (p_XC >= min_p_X1 * p_XC[:, :1])
             keep_XC[:, 0] = True
             # the last candidate is kept, by more than top-k: what lies beyond might be, too
-            if size == V or not bool((keep_XC[:, -1:] & (top_k_X1 > size)).any()):
-                return scaled_XC.masked_fill(~keep_XC, -torch.inf), ids_XC
+            last = size == V or all(k <= size for k in self._top_ks)
+            more = None if last else (keep_XC[:, -1:] & (top_k_X1 > size)).any()
+            yield scaled_XC.masked_fill(~keep_XC, -torch.inf), ids_XC, more
             size = min(V, size * 8)
 
     def logprobs(self, logits_XV: Tensor, tokens_X: Tensor, rows: Sequence[int]) -> Tensor:
@@ -339,7 +355,7 @@ class Sampler:
 
         `logits_XV` are those that the call which drew them has changed.
         """
-        row_X = torch.tensor(rows, device=logits_XV.device)
+        row_X = upload(rows, logits_XV.device)
         found_X = torch.zeros(len(rows), device=logits_XV.device)
         for kind in ("filtered", "open"):
             where = [x for x, row in enumerate(rows) if self._kinds[row] == kind]

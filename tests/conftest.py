@@ -5,6 +5,7 @@ And what several files of server and page tests share; the servers' libraries ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
     from gemwright.lm import LM
+
+if not torch.cuda.is_available():  # Triton asks when a kernel is defined; its interpreter runs them on numpy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 A step asks the scheduler what to compute, runs it in as few forward passes as its shapes allow, samples, and reports
 one event a token. Rows that decode (with their drafts) make one pass, in which every token is a row of its own: they
-read their pages where they lie, and nothing is padded. Prompt chunks of like length share a pass.
+read their pages where they lie, and nothing is padded; on CUDA it is a recorded graph. Prompt chunks of like length
+share a pass.
 
 Drafts are verified by sampling: the noise is a function of (seed, position), so the token that would have been drawn
 without the draft is drawn with it, and a draft is kept as long as it equals that token. What a request yields is
@@ -25,14 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
-from gemwright.engine.paged import Chunk, PagedCache, kinds, kv_heads, read
+from gemwright.engine.captured import Passed, Steps
+from gemwright.engine.paged import Chunk, PagedCache, count_pages, read
 from gemwright.engine.pages import PAGE
 from gemwright.engine.request import Pooling, Request, TokenEvent
-from gemwright.engine.scheduler import GLOBAL, LOCAL, Kind, Scheduler, Work
+from gemwright.engine.scheduler import GLOBAL, LOCAL, Scheduler, Work
 from gemwright.engine.speculative import Proposer
 from gemwright.engine.structured import Grammars
 from gemwright.engine.track import Drawn, Track
@@ -40,6 +41,7 @@ from gemwright.generate import budget as check_prompt
 from gemwright.generate import top_logprobs
 from gemwright.lora import AdapterSlots
 from gemwright.model import Gemma2
+from gemwright.ops import gpu
 from gemwright.parallel import TensorParallel
 from gemwright.sampling import Sampler
 
@@ -47,9 +49,6 @@ log = logging.getLogger(__name__)
 
 PADDED: Final = 1.25
 """Prompt chunks share a pass while padding makes it at most this much larger."""
-CPU_SHARE: Final = 0.25
-CUDA_SHARE: Final = 0.9
-"""Share of the free memory that the cache may take when no size is given."""
 
 
 @dataclass
@@ -117,7 +116,9 @@ class Engine:
         self.version = 0
         self.stats = Stats()
         self._cache: PagedCache | None = None
-        self._pages = self._count_pages(rows, budget, cache_tokens)
+        self._steps: Steps | None = None
+        least = parallel.least if parallel is not None else int
+        self._pages = count_pages(model, rows, budget, cache_tokens, least)
         self.scheduler = Scheduler(
             rows=rows,
             budget=budget,
@@ -131,22 +132,6 @@ class Engine:
         self._held: dict[str, list[TokenEvent]] = {}
         self._numbers = itertools.count()
         self._sampler: tuple[list[Track], Sampler] | None = None
-
-    def _count_pages(self, rows: int, budget: int, cache_tokens: int | None) -> dict[Kind, int]:
-        config, context, layers = self.config, self.config.max_position_embeddings, kinds(self.config)
-        if cache_tokens is None:
-            token_bytes = len(layers) * 2 * kv_heads(self.model) * config.head_dim * self.dtype.itemsize
-            if self.device.type == "cuda":
-                free = CUDA_SHARE * torch.cuda.mem_get_info(self.device)[0]
-            else:
-                free = CPU_SHARE * psutil.virtual_memory().available
-            cache_tokens = min(rows * context, int(free / token_bytes))
-        if self.parallel is not None:
-            cache_tokens = self.parallel.least(cache_tokens)
-        pages = max(1, cache_tokens // PAGE)
-        # of a local layer a row needs its window, the chunk that is being read and the pages these begin and end in
-        ring = rows * (-(-(config.sliding_window + budget) // PAGE) + 1)
-        return {GLOBAL: pages if GLOBAL in layers else 0, LOCAL: min(pages, ring) if LOCAL in layers else 0}
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -220,13 +205,20 @@ class Engine:
         if self.proposer is not None:
             self.proposer.propose([track for track in self._tracks.values() if track.decoding])
         plan = self.scheduler.step()
-        if plan.work and self._cache is None:
-            self._cache = PagedCache(self.model, self._pages)
+        if plan.work:
+            self._prepare()
         for works in self._passes(plan.work) if plan.work else ():
             events += self._run(works)
         self.stats.steps += 1
         self._gauge()
         return events
+
+    def _prepare(self) -> None:
+        """Have the cache, and on CUDA what records passes; collectives are not recorded."""
+        if self._cache is None:
+            self._cache = PagedCache(self.model, self._pages)
+        if self._steps is None and self._cache.in_place and self.device.type == "cuda" and self.parallel is None:
+            self._steps = Steps(self.model, self._cache, context=self.config.max_position_embeddings)
 
     def _gauge(self) -> None:
         for name, value in self.scheduler.stats().items():
@@ -276,14 +268,23 @@ class Engine:
         """The forward pass, what is gathered from it, and the tokens drawn, by sequence id."""
         rows: list[tuple[Track, int]] = []
         wanted: list[Tensor] = []
-        for work, hidden_TD in zip(works, self._hidden(works), strict=True):
+        places: list[int] = []
+        hidden, passed = self._hidden(works)
+        at = 0
+        for work, hidden_TD in zip(works, hidden, strict=True):
             track = self._tracks[work.seq.id]
             track.observe(self.model, work.start, hidden_TD)
             last = len(track.seq.tokens) - 1 - work.start
             if last < work.count and track.samples:
                 rows += [(track, j) for j in range(work.count - last)]
                 wanted.append(hidden_TD[last:])
-        return self._sample(rows, torch.cat(wanted)) if rows else {}
+                places += range(at + last, at + work.count)
+            at += work.count
+        if not rows:
+            return {}
+        if passed is None:
+            return self._sample(rows, self.model.logits(torch.cat(wanted)))
+        return self._sample(rows, *passed.rows(places))
 
     def _settle(self, work: Work, drawn: list[Drawn] | None) -> list[TokenEvent]:
         """Take a sequence's tokens in; its events."""
@@ -302,12 +303,19 @@ class Engine:
             self.scheduler.finish(track.seq)
         return made.events
 
-    def _hidden(self, works: list[Work]) -> list[Tensor]:
-        """Hidden states [count, D] of each work's tokens."""
+    def _hidden(self, works: list[Work]) -> tuple[Sequence[Tensor], Passed | None]:
+        """Hidden states [count, D] of each work's tokens; all that a recorded pass made, where one serves."""
         assert self._cache is not None
         chunks = [Chunk((w.seq.tokens[w.start :] + w.seq.drafts)[: w.count], w.start, w.seq.tables) for w in works]
         adapters = [self._tracks[w.seq.id].request.adapter for w in works]
-        return read(self.model, self._cache, chunks, lambda owners: self.slots.select([adapters[i] for i in owners]))
+        rows = [work.count for work in works]
+        recorded = self._steps is not None and all(map(self._cache.short, rows)) and self._steps.serves(sum(rows))
+        if self._steps is not None and recorded and not any(adapters):
+            self.slots.select(())
+            passed = self._steps.run(chunks)
+            return torch.split(passed.hidden_XD, rows), passed
+        select = lambda owners: self.slots.select([adapters[i] for i in owners])  # noqa: E731
+        return read(self.model, self._cache, chunks, select), None
 
     def _end(self, track: Track) -> None:
         track.done = True
@@ -319,9 +327,10 @@ class Engine:
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
-    def _sample(self, rows: list[tuple[Track, int]], hidden_XD: Tensor) -> dict[str, list[Drawn]]:
+    def _sample(
+        self, rows: list[tuple[Track, int]], logits_XV: Tensor, likeliest_X: Tensor | None = None
+    ) -> dict[str, list[Drawn]]:
         """Draw the token that follows each row: (track, how many of its drafts stand before it). By sequence id."""
-        logits_XV = self.model.logits(hidden_XD)
         # the sampler works in place: what is reported of the model's own logits is taken before
         asked = {i: track.params.logprobs for i, (track, _) in enumerate(rows) if track.params.logprobs is not None}
         own = {i: logits_XV[i : i + 1].clone() for i in asked}
@@ -333,7 +342,7 @@ class Engine:
         owner_X = [numbers[track.seq.id] for track, _ in rows]
         tokens_X = sampler(
             logits_XV,
-            torch.tensor([len(track.seq.tokens) + j for track, j in rows], device=self.device),
+            gpu.upload([len(track.seq.tokens) + j for track, j in rows], self.device),
             rows=owner_X,
             histories=[track.past(track.seq.drafts[:j]) for track, j in rows],
             banned={
@@ -342,6 +351,7 @@ class Engine:
                 if track.generated + j < track.params.min_new_tokens
             },
             allowed=self._allowed(rows),
+            likeliest_X=likeliest_X,
         )
         policy = [None] * len(rows)
         if any(track.request.policy_logprobs for track, _ in rows):
@@ -455,6 +465,8 @@ class Engine:
             if self._tracks or self.adapters:
                 raise RuntimeError(f"refresh: {len(self._tracks)} sequences and {self.adapters} are of the old model")
             self.model, self.slots = model, AdapterSlots(model)
+        if model is not None or (self._steps is not None and not self._steps.valid()):
+            self._steps = None
         self.version += 1
         self.scheduler.forget()
 
@@ -463,7 +475,7 @@ class Engine:
         if self._tracks:
             raise RuntimeError(f"release: {len(self._tracks)} sequences are in flight")
         self.scheduler.forget()
-        self._cache = None
+        self._cache = self._steps = None
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Load a PEFT folder, for requests that name it. ValueError where it does not fit the model."""

@@ -5,8 +5,8 @@ read. Layers of one kind (local, global) share page numbers, so a sequence has t
 forward pass sees it; the model calls `advance` and `write` as on any cache. A slot's position follows from its place
 in the table, so what a page held before is never seen: it lies past the row's end, and counts as EMPTY.
 
-Where the native kernels are there, the pages are read where they lie; else they are gathered into one tensor a layer,
-and the model's own backend attends to that.
+Where own kernels are there (native on CPU, Triton on CUDA), the pages are read where they lie; else they are gathered
+into one tensor a layer, and the model's own backend attends to that.
 
 Legend: B rows, T new tokens, X = B T, n pages of a row, P pages, s = PAGE slots, S = n s, K key/value heads, H head
 dim, D model.
@@ -21,6 +21,7 @@ from functools import partial
 from typing import Final
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -28,9 +29,12 @@ from gemwright.config import ModelConfig
 from gemwright.engine.pages import PAGE
 from gemwright.engine.scheduler import GLOBAL, LOCAL, Kind, Table
 from gemwright.model import Gemma2
-from gemwright.ops import native
+from gemwright.ops import gpu, native
 from gemwright.ops.attention import EMPTY, PADDING, Attend, Visibility
 
+CPU_SHARE: Final = 0.25
+CUDA_SHARE: Final = 0.9
+"""Share of the free memory that the cache may take when no size is given."""
 SHORT: Final = 16
 """Most tokens of a chunk that is laid out as one row a token, so that chunks of all lengths share a pass unpadded."""
 
@@ -51,7 +55,7 @@ class PagedCache:
         config, table = model.config, model.model.embed_tokens.weight
         self.kinds = kinds(config)
         self.device = table.device
-        self.in_place = self.device.type == "cpu" and native.library() is not None
+        self.in_place = _reads_in_place(self.device, table.dtype)
         self.trash = pages
         shape = (kv_heads(model), PAGE, config.head_dim)
         self.k_PKsH, self.v_PKsH = (
@@ -63,9 +67,45 @@ class PagedCache:
         return self.in_place and tokens <= SHORT
 
 
+def _reads_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in (torch.bfloat16, torch.float32):
+        return False
+    return native.library() is not None if device.type == "cpu" else device.type == "cuda" and gpu.available()
+
+
+def paged_attention(cuda: bool) -> Callable[..., Tensor]:
+    """The kernel that reads pages where they lie."""
+    if not cuda:
+        return native.paged_attention
+    from gemwright.ops import attention_decode
+
+    return attention_decode.paged_attention
+
+
 def kinds(config: ModelConfig) -> list[Kind]:
     """The kind of each layer."""
     return [GLOBAL if config.window(i) is None else LOCAL for i in range(config.num_hidden_layers)]
+
+
+def count_pages(
+    model: Gemma2, rows: int, budget: int, tokens: int | None, least: Callable[[int], int]
+) -> dict[Kind, int]:
+    """Pages of each kind for `tokens` positions in all; None: rows x context, or a share of the free memory.
+
+    `least`: what several ranks make of each one's number.
+    """
+    config, layers, table = model.config, kinds(model.config), model.model.embed_tokens.weight
+    if tokens is None:
+        token_bytes = len(layers) * 2 * kv_heads(model) * config.head_dim * table.dtype.itemsize
+        if table.is_cuda:
+            free = CUDA_SHARE * torch.cuda.mem_get_info(table.device)[0]
+        else:
+            free = CPU_SHARE * psutil.virtual_memory().available
+        tokens = min(rows * config.max_position_embeddings, int(free / token_bytes))
+    pages = max(1, least(tokens) // PAGE)
+    # of a local layer a row needs its window, the chunk that is being read and the pages these begin and end in
+    ring = rows * (-(-(config.sliding_window + budget) // PAGE) + 1)
+    return {GLOBAL: pages if GLOBAL in layers else 0, LOCAL: min(pages, ring) if LOCAL in layers else 0}
 
 
 def kv_heads(model: Gemma2) -> int:
@@ -101,25 +141,27 @@ def read(
         pos = [[*range(c.start, c.start + len(c.tokens))] + [PADDING] * (width - len(c.tokens)) for c in chunks]
     if select is not None:
         select(owners)
-    view = View(cache, [chunks[i] for i in owners])
-    tokens_BT, pos_BT = torch.tensor(tokens, device=cache.device), torch.tensor(pos, device=cache.device)
-    hidden_BTD = model(tokens_BT, pos_BT, cache=view)
+    view = View.of(cache, [chunks[i] for i in owners])
+    hidden_BTD = model(gpu.upload(tokens, cache.device), gpu.upload(pos, cache.device), cache=view)
     if flat:
         return list(hidden_BTD[:, 0].split([len(chunk.tokens) for chunk in chunks]))
     return [hidden_TD[: len(chunk.tokens)] for hidden_TD, chunk in zip(hidden_BTD, chunks, strict=True)]
 
 
-class _Places:
+class Places:
     """Where one kind of layer keeps the rows of a pass."""
 
-    def __init__(self, tables: Sequence[Table], trash: int, device: torch.device) -> None:
-        width = max(1, *(len(table.pages) for table in tables))
-        self.trash = trash
-        self.table_Bn = torch.tensor(
-            [table.pages + [trash] * (width - len(table.pages)) for table in tables], dtype=torch.int32, device=device
-        )
-        self.first_B = torch.tensor([table.first for table in tables], dtype=torch.int32, device=device)
+    def __init__(self, table_Bn: Tensor, first_B: Tensor, trash: int) -> None:
+        self.table_Bn, self.first_B, self.trash = table_Bn, first_B, trash
         self.page_X = self.slot_X = self.gather_Z = torch.empty(0)
+
+    @classmethod
+    def of(cls, tables: Sequence[Table], trash: int, device: torch.device) -> Places:
+        """The int32 tensors of tables, shorter ones filled up with the trash page."""
+        width = max(1, *(len(table.pages) for table in tables))
+        rows = [table.pages + [trash] * (width - len(table.pages)) for table in tables]
+        firsts = [table.first for table in tables]
+        return cls(gpu.upload(rows, device, torch.int32), gpu.upload(firsts, device, torch.int32), trash)
 
     def advance(self, pos_BT: Tensor) -> None:
         """Work out the slots that the pass writes."""
@@ -145,23 +187,32 @@ class View:
 
     attend: Attend | None = None
 
-    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
-        self._cache = cache
-        self._ends = [chunk.start + len(chunk.tokens) for chunk in chunks]
-        self._places = {
-            kind: _Places([chunk.tables[kind] for chunk in chunks], cache.trash[kind], cache.device)
+    def __init__(self, cache: PagedCache, places: Mapping[Kind, Places], ends: Sequence[int] = ()) -> None:
+        """`ends`: one past the last position of each row; not asked for where the pages are read in place."""
+        self._cache, self._places, self._ends = cache, places, ends
+        self._pos_BT = torch.empty(0)
+
+    @classmethod
+    def of(cls, cache: PagedCache, chunks: Sequence[Chunk]) -> View:
+        """The pass that reads a chunk in each row."""
+        places = {
+            kind: Places.of([chunk.tables[kind] for chunk in chunks], cache.trash[kind], cache.device)
             for kind in set(cache.kinds)
         }
+        return cls(cache, places, [chunk.start + len(chunk.tokens) for chunk in chunks])
 
     def advance(self, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the positions of the pass; key positions [B, S] of local and of global layers."""
         cache = self._cache
-        for places in self._places.values():
-            places.advance(pos_BT)
         if cache.in_place:
-            self.attend = partial(self._attend_in_place, pos_BT.int())
+            self._pos_BT = pos_BT.int()
+            self.attend = partial(self._attend_in_place, self._pos_BT)
+        if not (cache.in_place and pos_BT.is_cuda):  # where that kernel works out the slots itself
+            for places in self._places.values():
+                places.advance(pos_BT)
+        if cache.in_place:
             return pos_BT[:, :0], pos_BT[:, :0]  # the kernel reads positions from the tables
-        end_B1 = torch.tensor(self._ends, device=cache.device)[:, None]
+        end_B1 = gpu.upload(self._ends, cache.device)[:, None]
         found: dict[Kind, Tensor] = {}
         for kind, places in self._places.items():
             places.plan_gather(cache.k_PKsH[0].shape[1])
@@ -174,6 +225,12 @@ class View:
         cache = self._cache
         places = self._places[cache.kinds[layer]]
         k_PKsH, v_PKsH = cache.k_PKsH[layer], cache.v_PKsH[layer]
+        if self.attend is not None and k_BTKH.is_cuda:
+            gpu.kernels().write(
+                None, k_BTKH.flatten(0, 1), v_BTKH.flatten(0, 1), None, (k_PKsH, v_PKsH),
+                places.table_Bn, places.first_B, self._pos_BT.flatten(),
+            )  # fmt: skip
+            return k_PKsH, v_PKsH
         k_PKsH[places.page_X, :, places.slot_X] = k_BTKH.flatten(0, 1).to(k_PKsH.dtype)
         v_PKsH[places.page_X, :, places.slot_X] = v_BTKH.flatten(0, 1).to(v_PKsH.dtype)
         if self.attend is not None:
@@ -198,7 +255,7 @@ class View:
         cap: float | None,
     ) -> Tensor:
         places = self._places[GLOBAL if see.window is None else LOCAL]
-        return native.paged_attention(
+        return paged_attention(q_BTNH.is_cuda)(
             q_BTNH,
             k_PKsH,
             v_PKsH,

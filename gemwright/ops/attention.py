@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from gemwright.ops import native
+from gemwright.ops import gpu, native
 
 EMPTY: Final = 2**30
 """Position of an empty cache slot: in the future of every query."""
@@ -38,6 +38,8 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
         return x
     if x.dtype == torch.float32 and native.serves(x):
         return native.softcap(x, cap)
+    if x.dtype == torch.float32 and gpu.serves(x):
+        return gpu.kernels().capped(x, cap)  # type: ignore[no-any-return]
     return cap * torch.tanh(x / cap)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gemwright.ops import native
+from gemwright.ops import gpu, native
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +24,8 @@ class RMSNorm(nn.Module):
         """Normalise rows of any float dtype; the result has the dtype of the input."""
         if native.serves(x_XD, self.weight):
             return native.norm(x_XD, self.weight, self.eps)
+        if gpu.serves(x_XD, self.weight):
+            return gpu.kernels().norm(x_XD, self.weight, self.eps)  # type: ignore[no-any-return]
         x = x_XD.float()
         gain_D = 1.0 + self.weight.float()
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * gain_D

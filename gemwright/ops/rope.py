@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemwright.ops import native
+from gemwright.ops import gpu, native
 
 
 def rope_tables(pos_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,8 @@ def rotate(x_BTNH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys by their positions' angles, in fp32; the result has the dtype of the input."""
     if native.serves(x_BTNH):
         return native.rotate(x_BTNH, tables)
+    if gpu.serves(x_BTNH):
+        return gpu.kernels().rotate(x_BTNH, tables)  # type: ignore[no-any-return]
     cos, sin = tables
     left, right = x_BTNH.chunk(2, dim=-1)
     return (x_BTNH * cos + torch.cat((-right, left), dim=-1) * sin).to(x_BTNH.dtype)

@@ -1,0 +1,52 @@
+"""What torch code asks about CUDA: which tensors the own kernels (`decode_kernels.py`, in Triton) serve, and small uploads."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed, as it is with every CUDA build of torch on Linux."""
+    return find_spec("triton") is not None
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether a kernel may stand in for plain torch: tensors on CUDA, one known dtype, no gradient, no tracing."""
+    first = tensors[0]
+    return (
+        first.is_cuda
+        and not torch.is_grad_enabled()
+        and first.dtype in (torch.bfloat16, torch.float32)
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == first.dtype and t.is_cuda for t in tensors)
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The module of kernels."""
+    from gemwright.ops import decode_kernels
+
+    return decode_kernels
+
+
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers as a tensor on a device. A CUDA device is not waited for, as a copy from pageable memory would be."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return copy_(torch.empty_like(host, device=device), host)
+
+
+def copy_(target: Tensor, host: Tensor) -> Tensor:
+    """`target`, filled from a tensor on the CPU, which may be changed right after."""
+    if not target.is_cuda:
+        return target.copy_(host)
+    # the pinned copy is not given to others before the device has read it: torch's host allocator sees to that
+    return target.copy_(host.pin_memory(), non_blocking=True)
