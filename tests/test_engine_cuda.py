@@ -1,8 +1,8 @@
 """The engine on CUDA against the plain loop, token for token in fp32, and its recorded passes against plain ones.
 
-The kernels themselves are tested in test_decode_kernels.py. Here: random arrivals past the window, drafts, samples, preemption,
-adapters, changed weights, many lengths. Without a GPU the recorded pass is computed by Triton's interpreter once, where
-that runs: its inputs, its weights in one matrix, and its arithmetic.
+The kernels themselves are tested in test_decode_kernels.py. Here: random arrivals past the window, drafts, samples,
+preemption, adapters, changed weights, many lengths. Without a GPU the recorded pass is computed by Triton's interpreter
+once, where that runs: its inputs, its weights in one matrix, and its arithmetic.
 """
 
 from __future__ import annotations

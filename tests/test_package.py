@@ -82,7 +82,10 @@ def test_public_names_stay_what_they_are_when_every_module_is_imported() -> None
 import importlib, pkgutil, gemwright
 for module in pkgutil.walk_packages(gemwright.__path__, "gemwright."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "triton", error  # comes with the CUDA builds of torch alone
 print(*[name for name in gemwright.__all__ if type(getattr(gemwright, name)).__name__ == "module"])
 """
     assert run(sys.executable, "-c", code).split() == []

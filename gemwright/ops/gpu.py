@@ -1,4 +1,4 @@
-"""What torch code asks about CUDA: which tensors the own kernels (`decode_kernels.py`, in Triton) serve, and small uploads."""
+"""What torch code asks about CUDA: which tensors the own kernels serve (`decode_kernels.py`, Triton), small uploads."""
 
 from __future__ import annotations
 
