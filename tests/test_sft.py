@@ -37,6 +37,7 @@ from gemwright.train.sft import sft
 from gemwright.train.state import STATE
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = "The capital of France is Paris and of Italy Rome hello how are you fine thank".split()
 RELEASE = (
     '--dataset_text_field="text" --per_device_train_batch_size 1 --per_device_eval_batch_size 1 '
@@ -304,7 +305,7 @@ def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_start_ranks_that_agree_with_one(base: Path, tmp_path: Path, launcher: str) -> None:
-    """`torchrun` and `accelerate launch` over the command line, two processes against one."""
+    """`torchrun -m gemwright sft` and `accelerate launch -m gemwright sft`, two processes against one."""
     data = chats(tmp_path / "chats.jsonl")
     shared = [
         "--model_name", str(base), "--dataset_name", str(data), "--max_steps", "3", "--logging_steps", "1",
@@ -312,8 +313,6 @@ def test_launchers_start_ranks_that_agree_with_one(base: Path, tmp_path: Path, l
     ]  # fmt: skip
     one = [*shared, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
     assert sft(sft_cli.parse(one)) == "done"
-    script = tmp_path / "launched.py"
-    script.write_text("import sys\nfrom gemwright.cli import sft\nsys.exit(sft.run(sft.parse(sys.argv[1:])))\n")
     start = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -321,9 +320,32 @@ def test_launchers_start_ranks_that_agree_with_one(base: Path, tmp_path: Path, l
     }[launcher]  # fmt: skip
     two = [*shared, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *start, str(script), *two], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", *start, "-m", "gemwright", "sft", *two],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert last_step(tmp_path / "two") == 3
     assert json.loads((tmp_path / "two" / "checkpoint-3" / STATE).read_text())["world"] == 2
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", ["", "--use_peft", "--use_peft --load_in_4bit"], ids=["full", "lora", "qlora"])
+def test_a_run_on_a_gpu(base: Path, tmp_path: Path, flags: str) -> None:
+    """Compiled blocks, FlexAttention and bf16: the loss falls, and a resumed run ends in the same bits."""
+    data = chats(tmp_path / "chats.jsonl")
+    flags += (
+        " --device cuda --dtype bfloat16 --compile on --packing --max_seq_length 64 --max_steps 24 --save_steps 12 "
+        "--per_device_train_batch_size 2 --learning_rate 5e-3 --logging_steps 4 --resume"
+    )
+    assert run_sft(base, data, tmp_path / "whole", flags) == 0
+    course = losses(tmp_path / "whole")
+    assert course[-1] < 0.8 * course[0], course
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-24")
+    assert run_sft(base, data, tmp_path / "again", flags) == 0
+    same_bits(tmp_path / "again" / "checkpoint-24", tmp_path / "whole" / "checkpoint-24")

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from train_fixtures import LENGTH, documents, model, options, run, start, together, trainer
+from train_fixtures import LENGTH, documents, model, options, run, start, trainer
 
 from gemwright.adapter import LoraConfig
 from gemwright.checkpoint import Checkpoint
@@ -182,44 +182,6 @@ def run_evaluated(config: Any) -> None:
     run(config, evaluate=True)
 
 
-def test_two_ranks_agree_with_one_and_resume_each_other(tmp_path: Path) -> None:
-    """FSDP2 over gloo, fp32, within 1e-5 of one process; a state of 2 ranks resumes on 1, and one of 1 on 2.
-
-    A LoRA rank of 3 does not divide evenly by 2.
-    """
-    lora = LoraConfig(rank=3, dropout=0.0)
-    one = {"gradient_accumulation_steps": 2, "logging_steps": 1}
-    two = {"gradient_accumulation_steps": 1, "logging_steps": 1, "zero_stage": 3}
-    short = {"max_steps": 6, "save_steps": 3}
-    run(options(tmp_path / "one", **one, **short), evaluate=True)
-    run(options(tmp_path / "one-lora", **one, **short), lora=lora)
-    for source, target in (("one", "one-to-two"), ("one-lora", "one-to-two-lora")):
-        begin_from(tmp_path / source, tmp_path / target, 3)
-    jobs: list[tuple[Any, dict[str, Any]]] = [
-        (options(tmp_path / "two", **two, **short), {"evaluate": True}),
-        (options(tmp_path / "two-offload", **two, **short, cpu_offload=True), {}),
-        (options(tmp_path / "two-lora", **two, **short), {"lora": lora}),
-        (options(tmp_path / "one-to-two", **two, **short, resume=True), {"evaluate": True}),
-        (options(tmp_path / "one-to-two-lora", **two, **short, resume=True), {"lora": lora}),
-    ]
-    together(fixtures.run_all, jobs)
-    begin_from(tmp_path / "two", tmp_path / "two-to-one", 3)
-    run(options(tmp_path / "two-to-one", **one, **short, resume=True), evaluate=True)
-    expected = losses(tmp_path / "one")
-    for name in ("two", "two-offload", "one-to-two", "two-to-one"):
-        torch.testing.assert_close(losses(tmp_path / name), expected, rtol=1e-5, atol=1e-5)
-        for tensor, theirs in zip(weights(tmp_path / name).values(), weights(tmp_path / "one").values(), strict=True):
-            torch.testing.assert_close(tensor, theirs, rtol=0, atol=1e-5)
-    for name in ("two-lora", "one-to-two-lora"):
-        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "one-lora"), rtol=1e-5, atol=1e-5)
-    for key in ("eval_loss", "grad_norm"):  # clipping would hide gradients of another scale
-        one_run, two_run = (
-            [line[key] for line in records(tmp_path / name / LOG) if key in line] for name in ("one", "two")
-        )
-        torch.testing.assert_close(two_run, one_run, rtol=1e-5, atol=1e-5)
-    assert len(list((tmp_path / "two" / "checkpoint-3" / "state").iterdir())) == 2  # a file a rank
-
-
 def begin_from(source: Path, target: Path, step: int) -> None:
     """A folder with one checkpoint of another run, and its log."""
     import shutil
@@ -227,24 +189,6 @@ def begin_from(source: Path, target: Path, step: int) -> None:
     target.mkdir()
     shutil.copytree(source / f"checkpoint-{step}", target / f"checkpoint-{step}")
     shutil.copyfile(source / LOG, target / LOG)
-
-
-@pytest.mark.slow
-def test_two_ranks_agree_with_one_in_bf16(tmp_path: Path) -> None:
-    """Shards are fp32 masters and the products bf16, within what bf16 differs by."""
-    changes = {"logging_steps": 1, "max_steps": 3, "save_steps": 3, "dtype": "bfloat16"}
-    run(options(tmp_path / "fp32", **{**changes, "dtype": "float32"}, gradient_accumulation_steps=2))
-    run(options(tmp_path / "one", **changes, gradient_accumulation_steps=2))
-    together(fixtures.run_all, [(options(tmp_path / "two", **changes), {})])
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0.01, atol=0)
-    assert losses(tmp_path / "two")[0] != pytest.approx(losses(tmp_path / "fp32")[0], rel=1e-6)
-
-
-def test_a_single_process_may_offload(tmp_path: Path) -> None:
-    """FSDP2 over one rank with everything in main memory: the same numbers."""
-    run(options(tmp_path / "plain"))
-    run(options(tmp_path / "offload", cpu_offload=True))
-    torch.testing.assert_close(losses(tmp_path / "offload"), losses(tmp_path / "plain"), rtol=1e-5, atol=1e-5)
 
 
 class Poisoned:
@@ -348,14 +292,14 @@ def test_compiled_blocks_follow_eager_ones(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
     config = fixtures.debug(num_hidden_layers=10)
-    run(options(tmp_path / "eager", logging_steps=1), made=model(config=config))
+    short = {"logging_steps": 1, "max_steps": 3, "save_steps": 3, "learning_rate": 1e-3}  # more layers magnify rounding
+    run(options(tmp_path / "eager", **short), made=model(config=config))
     counters.clear()
-    run(options(tmp_path / "compiled", logging_steps=1, compile="on"), made=model(config=config))
+    run(options(tmp_path / "compiled", **short, compile="on"), made=model(config=config))
     assert not counters["recompiles"], counters["recompiles"]
-    both = {"compile": "on", "gradient_checkpointing": True}
-    run(options(tmp_path / "both", logging_steps=1, **both), made=model(config=config))
+    run(options(tmp_path / "both", **short, compile="on", gradient_checkpointing=True), made=model(config=config))
     for name in ("compiled", "both"):
-        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-3, atol=0)
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
 
 
 def test_schedules_have_the_values_of_transformers_and_of_the_papers() -> None:

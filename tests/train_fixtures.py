@@ -28,6 +28,8 @@ from gemwright.data.store import Documents, in_memory
 from gemwright.lora import add_lora
 from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
+from gemwright.quant.nf4 import make as make_nf4
+from gemwright.swap import swap
 from gemwright.train.distributed import World
 from gemwright.train.export import adapter, whole_model
 from gemwright.train.options import TrainConfig
@@ -80,12 +82,14 @@ def weights(config: ModelConfig) -> dict[str, Tensor]:
     return state
 
 
-def model(lora: LoraConfig | None = None, config: ModelConfig | None = None) -> Gemma2:
+def model(lora: LoraConfig | None = None, config: ModelConfig | None = None, *, nf4: bool = False) -> Gemma2:
     """The debug model on these weights, ready to train; the same at every call."""
     made = Gemma2(config or debug(), Attention("blocked", "blocked", "blocked"))
     state = weights(made.config)
     made.load_state_dict({**state, "lm_head.weight": state[EMBEDDING]})
     made.requires_grad_(lora is None)
+    if nf4:
+        swap(made, {r".*_proj": make_nf4})
     if lora is not None:
         torch.manual_seed(5)
         add_lora(made, lora)
@@ -101,9 +105,10 @@ def trainer(
     algorithm: Loss[Any] = loss,
     evaluate: bool = False,
     packing: bool = True,
+    nf4: bool = False,
 ) -> Trainer:
     """A trainer over `documents()`."""
-    made = made or model(lora)
+    made = made or model(lora, nf4=nf4)
     if config.dtype == "bfloat16":
         made.bfloat16()
     batching = Batching(
@@ -130,29 +135,38 @@ def run(config: TrainConfig, **kwargs: Any) -> Outcome:
         return trainer(config, world, **kwargs).train()
 
 
-def _rank(rank: int, world: int, port: int, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, port: int, work: Callable[..., object], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     faulthandler.dump_traceback_later(PATIENCE, exit=True)  # where it hangs, instead of hanging
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    work(*arguments)
+    work(*arguments, **named)
 
 
-def start(work: Callable[..., object], *arguments: Any, rank: int = 0, world: int = 1, port: int = 0) -> BaseProcess:
+def start(
+    work: Callable[..., object], *arguments: Any, rank: int = 0, world: int = 1, port: int = 0, **named: Any
+) -> BaseProcess:
     """Call a function of this module in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gemwright.train.sft", "torch.distributed.fsdp"])
-    process = context.Process(target=_rank, args=(rank, world, port, work, arguments))
+    process = context.Process(target=_rank, args=(rank, world, port, work, arguments, named))
     process.start()
     return process
 
 
-def together(work: Callable[..., object], *arguments: Any, world: int = 2) -> None:
-    """Call a function on every rank, and wait; AssertionError where one fails."""
+def gather(work: Callable[..., object], *arguments: Any, world: int = 2, **named: Any) -> list[BaseProcess]:
+    """Call a function on every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(work, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    return [start(work, *arguments, rank=rank, world=world, port=port, **named) for rank in range(world)]
+
+
+def together(work: Callable[..., object], *arguments: Any, world: int = 2, **named: Any) -> None:
+    """Call a function on every rank, and wait; AssertionError where one fails."""
+    ranks = gather(work, *arguments, world=world, **named)
     for process in ranks:
         process.join()
     codes = [process.exitcode for process in ranks]
