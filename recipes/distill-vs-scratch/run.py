@@ -165,7 +165,7 @@ def build(args: argparse.Namespace) -> Bench:
 
     def text(split: str) -> Tensor:
         found = pieces(args.data, split, turns, ((LENGTH, 1.0),), seed=0)
-        return torch.tensor([piece for piece in found if len(piece) == LENGTH])
+        return torch.tensor([piece.tolist() for piece in found if len(piece) == LENGTH])
 
     return Bench(teacher, text("train"), text("heldout")[: args.heldout], args.rows, backend, device)
 

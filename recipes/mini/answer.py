@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from data import SPLITS, rows, tokenizer, write_tokens
 from pairs import Turns
@@ -47,8 +48,9 @@ def converse(
         going = [(row, document) for row, document in going if len(document) < LONGEST]
         if not going:
             break
+        read = [turns.pair(np.array(document, np.uint16)).teacher.tolist() for _, document in going]
         answers = sample(
-            llama, lambda h: h @ llama.head.T, llama.config, [turns.teacher(d)[0] for _, d in going],
+            llama, lambda h: h @ llama.head.T, llama.config, read,
             [heat(row["id"]) for row, _ in going], new_tokens=NEW_TOKENS, generator=generator, dtype=llama.head.dtype,
         )  # fmt: skip
         clock.tokens += sum(map(len, answers))

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from prompts import AVOID, prompts
 from tokenizers import Tokenizer
 
@@ -69,6 +70,8 @@ CAPS = {
     "shakespeare": (1_200_000, 20_000),
 }
 
+Tokens = npt.NDArray[np.uint16]
+"""A document."""
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
 
@@ -89,20 +92,20 @@ def rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def write_tokens(path: Path, documents: Iterable[Iterable[int]]) -> None:
+def write_tokens(path: Path, documents: Iterable[npt.ArrayLike]) -> None:
     """Write documents of token ids, each of which begins with <bos>; visible at once when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".new")
-    np.array([token for document in documents for token in document], dtype=np.uint16).tofile(part)
+    np.concatenate([np.zeros(0, np.uint16), *(np.asarray(d, np.uint16) for d in documents)]).tofile(part)
     part.rename(path)
 
 
-def read_tokens(files: Iterable[Path]) -> list[list[int]]:
+def read_tokens(files: Iterable[Path]) -> list[Tokens]:
     """The documents of files that `write_tokens` wrote."""
-    documents = []
+    documents: list[Tokens] = []
     for file in files:
         tokens = np.fromfile(file, dtype=np.uint16)
-        documents += [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 0)) if len(part)]
+        documents += [part for part in np.split(tokens, np.flatnonzero(tokens == 0)) if len(part)]
     return documents
 
 

@@ -35,9 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from data import Tokens, tokenizer
 from data import rows as json_rows
-from data import tokenizer
 from pairs import LENGTHS, Mixture, Row, Turns, chats, pieces, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -110,7 +111,7 @@ def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
 
 
 def evaluate(
-    pair: Pair, documents: list[list[int]], length: int, first: int = 0, limit: int | None = None
+    pair: Pair, documents: list[Tokens], length: int, first: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
     """Mean KL(teacher || student) and cross-entropies, nats a token, over answers and prose from position `first` on.
 
@@ -143,17 +144,16 @@ def evaluate(
     return means | {k: v / targets for k, v in total.items() if k != "kl"} | {"tokens": count}
 
 
-def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> tuple[list[list[int]], str]:
+def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> tuple[list[Tokens], str]:
     """What the student itself answers to prompts, at temperature 1, as documents; and the speed."""
-    twin = Gemma2(pair.model.config, Attention(train="blocked", prefill="blocked", decode="blocked")).to(
-        pair.device, pair.model.lm_head.weight.dtype
-    )
+    with torch.device("meta"):
+        twin = Gemma2(pair.model.config, Attention(train="blocked", prefill="blocked", decode="blocked"))
     twin.load_state_dict({n: p.detach() for n, p in pair.model.named_parameters()}, strict=False, assign=True)
     twin.tie()
     clock, generator = Clock(), torch.Generator(pair.device).manual_seed(seed)
     prompts = [[0, *pair.turns.question(row["turns"][0])] for row in asked]
     prompts = sorted((prompt for prompt in prompts if len(prompt) < 256), key=len)
-    documents = []
+    documents: list[Tokens] = []
     for at in range(0, len(prompts), batch):
         part = prompts[at : at + batch]
         answers = sample(
@@ -161,7 +161,7 @@ def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> t
             new_tokens=NEW_TOKENS, generator=generator, dtype=twin.lm_head.weight.dtype,
         )  # fmt: skip
         clock.tokens += sum(map(len, answers))
-        documents += [prompt + answer for prompt, answer in zip(part, answers, strict=True)]
+        documents += [np.array(prompt + answer, np.uint16) for prompt, answer in zip(part, answers, strict=True)]
     return documents, str(clock)
 
 
@@ -208,7 +208,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return (total / count).detach(), norm
 
-    def train(self, heldout: dict[str, list[list[int]]]) -> None:
+    def train(self, heldout: dict[str, list[Tokens]]) -> None:
         """Until the time is over."""
         args, pair = self.args, self.pair
         mixture = Mixture(seed=self.step)
@@ -256,7 +256,7 @@ class Run:
             flush=True,
         )
 
-    def measure(self, heldout: dict[str, list[list[int]]], limit: int | None) -> None:
+    def measure(self, heldout: dict[str, list[Tokens]], limit: int | None) -> None:
         """Held-out numbers of the weights as they are, to the log."""
         self.pair.student.write()
         for name, documents in heldout.items():
@@ -299,7 +299,7 @@ def build(args: argparse.Namespace) -> Pair:
     backend = "flex" if device.type == "cuda" else "blocked"
     turns = Turns(tokenizer())
     exact = Llama(source, config, torch.float32, device, BACKENDS["blocked"].load())
-    calibration = [p for p in pieces(args.data, "train", turns, ((256, 1.0),), seed=7) if len(p) == 256]
+    calibration = [p.tolist() for p in pieces(args.data, "train", turns, ((256, 1.0),), seed=7) if len(p) == 256]
     make = adopted if args.plain else linearised
     weights, start = make(source, exact, torch.tensor(calibration[: args.calibration], device=device))
     llama = Llama(source, config, dtype, device, BACKENDS[backend].load())
@@ -328,7 +328,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
-    parser.add_argument("--batch", type=int, default=2048, help="rows of a rollout's batch")
+    parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
     parser.add_argument("--calibration", type=int, default=64, help="pieces of 256 tokens that adoption is fitted to")
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
@@ -343,9 +343,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
     started = time.monotonic()
     pair = build(args)
+    torch.set_float32_matmul_precision("high")  # the updates' own products; the fit before is exact
     print(f"adopted in {time.monotonic() - started:.1f} s", flush=True)
     heldout = {
         "prose": pieces(args.data, "heldout", pair.turns, ((1024, 1.0),), seed=1),

@@ -8,7 +8,7 @@ with its default system text. The control tokens are the same ids, so a chat is 
 
 and losses are taken where both predict the same next token: inside questions and answers, and at their ends.
 
-Legend: T tokens of the student's row, U tokens of the teacher's.
+Legend: T tokens of a row.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from data import read_tokens
+from data import Tokens, read_tokens
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -29,8 +30,6 @@ from gemwright.ops.attention import PADDING
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the source's own default
 LENGTHS = ((1024, 0.90), (2048, 0.07), (8192, 0.03))
 """Lengths of the pieces that prose is cut into, and how often each comes."""
-ROOM = 1.125
-"""The teacher's row is so much longer: its system text stands in front of every chat."""
 
 
 class Turns:
@@ -51,30 +50,49 @@ class Turns:
         """A user's turn and the head of the answer, as the student reads them."""
         return [1, *self.user, *self.ids(text.strip()), 2, *self.newline, 1, *self.model]
 
-    def teacher(self, document: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The teacher's reading of a student's document, and for each student token its partner's index, or -1."""
+    def pair(self, document: Tokens) -> Pair:
+        """A document as both read it."""
         if len(document) < 2 or document[1] != 1:
-            return list(document), [*range(len(document) - 1), -1]
-        theirs, partner = list(self.system), [-1]
-        at = 1
-        while at < len(document):
-            end = next((i for i in range(at, len(document)) if document[i] == 2), len(document))
-            answer = list(document[at + 1 : at + 1 + len(self.model)]) == self.model
+            same = np.arange(len(document))
+            same[-1] = -1
+            return Pair(document, document, same, same >= 0)
+        ends = [*np.flatnonzero(document == 2).tolist(), len(document)]
+        theirs, partner, answers = [self.system], [np.full(1, -1)], [np.zeros(1, bool)]
+        at, length = 1, len(self.system)
+        for end in ends:
+            if end <= at:
+                continue
+            answer = document[at + 1 : at + 1 + len(self.model)].tolist() == self.model
             head = 1 + len(self.model if answer else self.user)
-            theirs += [1, *(self.assistant if answer else self.user)]
-            partner += [-1] * (head - 1) + [len(theirs) - 1]
-            body = document[at + head : end]
-            partner += range(len(theirs), len(theirs) + len(body))
             tail = document[end : end + 1 + len(self.newline)]
-            theirs += [*body, *tail]
-            partner += [-1] * len(tail)
-            at = end + 1 + len(self.newline)
-        return theirs, partner
+            opening = [1, *(self.assistant if answer else self.user)]
+            body = document[at + head : end]
+            theirs += [opening, body.tolist(), tail.tolist()]
+            length += len(opening)
+            # the last token of the opening and those of the body predict what follows
+            partner += [np.full(head - 1, -1), np.arange(length - 1, length + len(body)), np.full(len(tail), -1)]
+            answers.append(np.full(head + len(body) + len(tail), answer))
+            length += len(body) + len(tail)
+            at = end + len(tail)
+        both = np.concatenate(partner)
+        return Pair(document, np.concatenate(theirs).astype(np.uint16), both, np.concatenate(answers) & (both >= 0))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A document of T student tokens and U teacher tokens."""
+
+    student: Tokens
+    teacher: Tokens
+    partner: npt.NDArray[np.int64]
+    """For each student token the index of the teacher token that predicts the same, or -1, [T]."""
+    answer: npt.NDArray[np.bool_]
+    """Whether it has one and lies in an answer, or in prose, [T]."""
 
 
 @dataclass
 class Row:
-    """Packed documents: tokens, positions (-1 padding) and document numbers of both sides, [1, T] and [1, U]."""
+    """Packed documents: tokens, positions (-1 padding) and document numbers of both sides, [1, T] each."""
 
     student: tuple[Tensor, Tensor, Tensor]
     teacher: tuple[Tensor, Tensor, Tensor]
@@ -98,79 +116,65 @@ class Row:
         return Row(*sides, *flat)  # type: ignore[arg-type]
 
 
-def rows(documents: Iterator[Sequence[int]], turns: Turns, length: int) -> Iterator[Row]:
-    """Rows of `length` student tokens, filled in order of arrival; what is left at the end makes a last row."""
-    held: list[tuple[Sequence[int], list[int], list[int]]] = []
+def rows(documents: Iterator[Tokens], turns: Turns, length: int) -> Iterator[Row]:
+    """Rows of `length` tokens on both sides, filled in order of arrival; what is left at the end makes a last row."""
+    held: list[Pair] = []
     sizes = [0, 0]
     for document in documents:
-        document = document[:length]
-        theirs, partner = turns.teacher(document)
-        if sizes[0] + len(document) > length or sizes[1] + len(theirs) > int(length * ROOM):
-            yield _pack(held, turns, length)
-            held, sizes = [], [0, 0]
-        held.append((document, theirs, partner))
-        sizes = [sizes[0] + len(document), sizes[1] + len(theirs)]
+        pair = turns.pair(document[: length * 3 // 4])  # leaves room for the teacher's system text
+        added = [sizes[0] + len(pair.student), sizes[1] + len(pair.teacher)]
+        if max(added) > length:
+            yield _pack(held, length)
+            held, added = [], [len(pair.student), len(pair.teacher)]
+        held.append(pair)
+        sizes = added
     if held:
-        yield _pack(held, turns, length)
+        yield _pack(held, length)
 
 
-def _pack(held: list[tuple[Sequence[int], list[int], list[int]]], turns: Turns, length: int) -> Row:
-    sides = []
-    for documents, width in (([h[0] for h in held], length), ([h[1] for h in held], int(length * ROOM))):
-        side = np.zeros((3, width), dtype=np.int64)
-        side[1], side[2] = PADDING, len(held)
-        start = 0
-        for number, document in enumerate(documents):
-            part = slice(start, start + len(document))
-            side[:, part] = document, np.arange(len(document)), np.full(len(document), number)
-            start += len(document)
-        sides.append(side)
+def _pack(held: list[Pair], length: int) -> Row:
+    sides = np.zeros((2, 3, length), dtype=np.int64)
+    sides[:, 1], sides[:, 2] = PADDING, len(held)
     flat = np.zeros((4, length), dtype=np.int64)
     flat[3] = -1
-    start, their_start = 0, 0
-    for document, theirs, partner in held:
-        part = slice(start, start + len(document))
-        partners = np.array(partner)
-        flat[0, part] = np.where(partners < 0, 0, partners + their_start)
-        flat[1, part] = partners >= 0
-        flat[2, part] = _answers(document, turns) * (partners >= 0)
-        flat[3, part][:-1] = document[1:]
-        start, their_start = start + len(document), their_start + len(theirs)
+    starts = [0, 0]
+    for number, pair in enumerate(held):
+        for side, document in enumerate((pair.student, pair.teacher)):
+            part = slice(starts[side], starts[side] + len(document))
+            sides[side, 0, part], sides[side, 1, part], sides[side, 2, part] = (
+                document,
+                np.arange(len(document)),
+                number,
+            )
+        part = slice(starts[0], starts[0] + len(pair.student))
+        flat[0, part] = np.where(pair.partner < 0, 0, pair.partner + starts[1])
+        flat[1, part], flat[2, part] = pair.partner >= 0, pair.answer
+        flat[3, part.start : part.stop - 1] = pair.student[1:]
+        starts = [starts[0] + len(pair.student), starts[1] + len(pair.teacher)]
     student, teacher = (tuple(torch.from_numpy(x)[None] for x in side) for side in sides)
     partner_T, weight_T, answer_T, target_T = torch.from_numpy(flat)
     return Row(student, teacher, partner_T, weight_T.float(), answer_T.float(), target_T)  # type: ignore[arg-type]
 
 
-def _answers(document: Sequence[int], turns: Turns) -> np.ndarray:
-    """1 on the tokens of answers, and on all of a document that is no chat."""
-    if len(document) < 2 or document[1] != 1:
-        return np.ones(len(document), dtype=np.int64)
-    out, answer = np.zeros(len(document), dtype=np.int64), False
-    for i, token in enumerate(document):
-        if token == 1:
-            answer = list(document[i + 1 : i + 1 + len(turns.model)]) == turns.model
-        out[i] = answer
-    return out
-
-
-def pieces(folder: Path, split: str, turns: Turns, lengths: Sequence[tuple[int, float]], seed: int) -> list[list[int]]:
+def pieces(folder: Path, split: str, turns: Turns, lengths: Sequence[tuple[int, float]], seed: int) -> list[Tokens]:
     """Prose: each source's documents, joined by empty lines and cut into pieces, shuffled over the sources."""
     rng = random.Random(seed)
-    found = []
+    found: list[Tokens] = []
+    bos, empty_line = np.zeros(1, np.uint16), np.array(turns.paragraph, np.uint16)
     for file in sorted((folder / "tokens").glob(f"{split}-*.bin")):
         if "-chats" in file.name:
             continue
-        stream = [token for document in read_tokens([file]) for token in (*document[1:], *turns.paragraph)]
+        stream = np.concatenate([part for document in read_tokens([file]) for part in (document[1:], empty_line)])
         at = 0
         while at < len(stream) - 64:
             length = rng.choices([n for n, _ in lengths], [share for _, share in lengths])[0]
-            found.append([0, *stream[at : at + length - 1]])
+            found.append(np.concatenate([bos, stream[at : at + length - 1]]))
             at += length - 1
     rng.shuffle(found)
     return found
 
 
-def chats(folder: Path, split: str) -> list[list[int]]:
+def chats(folder: Path, split: str) -> list[Tokens]:
     """Conversations that the teacher answered."""
     return read_tokens(sorted((folder / "tokens").glob(f"{split}-chats*.bin")))
 
@@ -180,17 +184,17 @@ class Mixture:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.sources: dict[str, tuple[list[list[int]], float]] = {}
+        self.sources: dict[str, tuple[list[Tokens], float]] = {}
         self.left: dict[str, list[int]] = {}
         self.spent: dict[str, float] = {}
 
-    def set(self, name: str, documents: list[list[int]], share: float) -> None:
+    def set(self, name: str, documents: list[Tokens], share: float) -> None:
         """Put a source in, or in the place of its former documents."""
         assert documents and share > 0, (name, len(documents), share)
         self.sources[name], self.left[name] = (documents, share), []
         self.spent = dict.fromkeys(self.sources, 0.0)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Tokens]:
         while True:
             name = min(self.spent, key=self.spent.__getitem__)
             documents, share = self.sources[name]
