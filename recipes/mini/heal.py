@@ -296,7 +296,7 @@ def build(args: argparse.Namespace) -> Pair:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     file = Gguf(base_path())
     source, config = Loaded(file, device), adopted_config(file.hf_config())
-    backend = "flex" if device.type == "cuda" else "blocked"
+    backend = args.attention
     turns = Turns(tokenizer())
     exact = Llama(source, config, torch.float32, device, BACKENDS["blocked"].load())
     calibration = [p.tolist() for p in pieces(args.data, "train", turns, ((256, 1.0),), seed=7) if len(p) == 256]
@@ -333,6 +333,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--attention", default="flex" if torch.cuda.is_available() else "blocked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.command == "train" and args.out is None:

@@ -89,7 +89,7 @@ class Student:
             self._train(name, gain_D / gain_D.abs().mean(), gain_D.abs().mean())
             return
         if self.rank is None:
-            self._train(f"{stem}.update", torch.zeros_like(weight), weight.new_tensor(1.0))
+            self._train(f"{stem}.update", torch.zeros_like(weight), weight.square().mean().sqrt())
         else:
             low_rI = torch.randn(self.rank, weight.shape[1], device=weight.device)
             self._train(f"{stem}.lora_A", low_rI, weight.new_tensor(1 / math.sqrt(weight.shape[1])))
