@@ -74,7 +74,7 @@ def test_the_loss_curve_is_that_of_a_dense_loop(tmp_path: Path, pair: tuple[Path
     for _ in range(6):
         batch = next(loader)
         loss = plain_loss(ours, other, batch, **options) / batch.count
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -64,7 +64,7 @@ def expected(model: Any, batch: Batch) -> torch.Tensor:
     """The same by transformers, document by document."""
     found = []
     for b in range(len(batch.tokens_BT)):
-        for doc in batch.doc_BT[b].unique_consecutive():
+        for doc in batch.doc_BT[b].unique_consecutive():  # type: ignore[no-untyped-call]
             here = (batch.doc_BT[b] == doc) & (batch.pos_BT[b] >= 0)
             logits = fixtures.logits(model, batch.tokens_BT[b, here][None])[0]
             found.append(logits[batch.weights_BT[b, here] > 0])
@@ -150,9 +150,9 @@ def test_drawn_ids_estimate_the_kl_and_its_gradient_without_bias() -> None:
     generator = torch.Generator().manual_seed(5)
     for _ in range(400):
         got = drawn(Head(teacher.weight_VD, 6.0), teacher_XD, Sampling(draws=16, temperature=1.5), generator)
-        parts = [part.split(torch.diff(got["ends"], prepend=torch.zeros(1, dtype=torch.int32)).tolist())
-                 for part in (got["ids"].long(), got["counts"].float(), got["log_p"])]  # fmt: skip
-        ids, counts, log_p = (torch.nn.utils.rnn.pad_sequence(list(p), batch_first=True) for p in parts)
+        sizes = torch.diff(got["ends"], prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+        parts = (torch.split(part, sizes) for part in (got["ids"].long(), got["counts"].float(), got["log_p"]))
+        ids, counts, log_p = (torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in parts)
         assert counts.sum(-1).tolist() == [16, 16, 16]
         value, _ = sparse_kl(hidden, student, ids, counts / 16, log_p_XK=log_p)
         found.append(value.detach())

@@ -65,6 +65,8 @@ def twin(model: Gemma2) -> Gemma2:
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
+    for module in other.modules():
+        module.__dict__.pop("forward", None)  # what training has put around a block: compilation, recomputation
     if model.model.embed_tokens.weight.device.type == "cpu":
         swap(other, {".*": lambda _, linear: cpu_linear(linear)})
     return other.eval()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemwright.checkpoint import Checkpoint
 from gemwright.config import ModelConfig
-from gemwright.data.batch import Batch
 from gemwright.data.loader import Loader
 from gemwright.data.store import tokenizer_digest
 from gemwright.hub import resolve
@@ -34,17 +34,21 @@ from gemwright.model import Gemma2
 from gemwright.ops.divergence import divergence, sparse_kl
 from gemwright.ops.head import Head
 from gemwright.ops.loss import cross_entropy
+from gemwright.prompt import stop_ids
 from gemwright.tokenizer import Tokenizer
 from gemwright.train import sft
 from gemwright.train.card import push, write_card
 from gemwright.train.distill_options import DISTILL_FREE, DistillConfig
 from gemwright.train.distributed import World
 from gemwright.train.export import Export, whole_model
+from gemwright.train.lessons import Lessons, Taught
+from gemwright.train.on_policy import OnPolicy, Speaker
 from gemwright.train.pretrain import fresh, read_config
+from gemwright.train.speed import choose_precision
 from gemwright.train.teacher import Teacher, load_teacher
 from gemwright.train.teacher_cache import Hidden, Targets, TeacherCache, data_key, teacher_key
 from gemwright.train.token_ids import read_map, same_ids
-from gemwright.train.trainer import Data, Outcome, Trainer
+from gemwright.train.trainer import Outcome, Trainer
 
 
 def distill(config: DistillConfig) -> Outcome:
@@ -57,12 +61,13 @@ def distill(config: DistillConfig) -> Outcome:
             print(f"data: {train.report()}; {train.steps} updates an epoch", file=sys.stderr)
         student = Student.make(config, folders, tokenizer, world)
         teaching = Teaching.make(config, folders, tokenizer, student.shape, train, held_out, world)
-        data: Data[Taught] = Lessons(train, teaching.train)
+        generated = on_policy(config, Lessons(train, teaching.train), student, teaching, tokenizer, world)
         trainer = Trainer(
-            student.model, Distillation(config, teaching), data, config,
+            student.model, Distillation(config, teaching), generated or Lessons(train, teaching.train), config,
             total=config.updates(train.steps), world=world, export=student.export,
             eval_data=None if held_out is None else Lessons(held_out, teaching.held_out),
             settings={"student": student.origin, "taught": teaching.key}, free=DISTILL_FREE,
+            notes=generated.notes if generated else dict,
         )  # fmt: skip
         outcome = trainer.train()
         if outcome == "done" and world.leads:
@@ -71,33 +76,6 @@ def distill(config: DistillConfig) -> Outcome:
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Taught:
-    """A batch, and what the teacher says of it where that is known beforehand."""
-
-    batch: Batch
-    targets: Targets | None = None
-
-    @property
-    def pos_BT(self) -> Tensor:  # noqa: N802
-        """Positions, as the batch has them."""
-        return self.batch.pos_BT
-
-    @property
-    def count(self) -> int:
-        """Targets that carry loss."""
-        return self.batch.count
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return self.batch.tokens
-
-    def to(self, device: torch.device | str) -> Taught:
-        """The same on another device."""
-        return Taught(self.batch.to(device), None if self.targets is None else self.targets.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +208,31 @@ def speaking(folder: Path, config: Any, tokenizer: Tokenizer, width: int | None,
     return teacher.speak(ids)
 
 
+def on_policy(
+    config: DistillConfig, lessons: Lessons, student: Student, teaching: Teaching, tokenizer: Tokenizer, world: World
+) -> OnPolicy | None:
+    """The batches of a run in which answers are generated; None where they never are."""
+    if not config.generates:
+        return None
+    for name in ("sampling_temperature", "top_p"):
+        if getattr(config, name) != 1 and world.leads:
+            print(f"{name}: at {getattr(config, name)} answers are not the student's own distribution", file=sys.stderr)
+    dtype = torch.bfloat16 if choose_precision(config, world.device) == "bfloat16" else torch.float32
+    speaker = None
+    if config.seq_kd:
+        model = teaching.ask().model
+        if model is None or teaching.ask().ids_V is not None:
+            raise ValueError(
+                "seq_kd: the teacher is no Gemma 2 with the student's own ids; `gemwright synthesize` lets any teacher "
+                "answer beforehand"
+            )
+        speaker = Speaker(model, world, learns=False, dtype=dtype)
+    return OnPolicy(
+        lessons, config, world, student=Speaker(student.model, world, learns=True, dtype=dtype), teacher=speaker,
+        stop_ids=stop_ids(student.shape, student.generation_config, tokenizer),
+    )  # fmt: skip
+
+
 def _check_samples(config: DistillConfig, cache: TeacherCache) -> None:
     if config.divergence not in ("forward_kl", "soft_cross_entropy"):
         raise ValueError(
@@ -243,32 +246,6 @@ def _check_samples(config: DistillConfig, cache: TeacherCache) -> None:
         )
 
 
-class Lessons:
-    """A loader's batches, each with what a cache says of it."""
-
-    def __init__(self, loader: Loader, cache: TeacherCache | None) -> None:
-        self.loader, self.cache = loader, cache
-
-    def __iter__(self) -> Iterator[Taught]:
-        return self
-
-    def __next__(self) -> Taught:
-        batch = next(self.loader)
-        return Taught(batch, None if self.cache is None else self.cache.read(batch))
-
-    def rewind(self) -> None:
-        """Back to the first batch."""
-        self.loader.rewind()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's state."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken."""
-        self.loader.load_state_dict(state)
-
-
 # --- the student -----------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +256,7 @@ class Student:
     model: Gemma2
     export: Export
     origin: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
 
     @property
     def shape(self) -> ModelConfig:
@@ -291,7 +269,9 @@ class Student:
         torch.manual_seed(config.seed)  # an adapter's fresh factors, the same on every rank
         if folders.student is not None:
             model = sft.load(config, folders.student, world)
-            return cls(model, sft.export(model, config, folders.student), sft.fingerprint(folders.student))
+            saved = sft.export(model, config, folders.student)
+            generation = Checkpoint(folders.student).generation_config
+            return cls(model, saved, sft.fingerprint(folders.student), generation)
         if config.use_peft:
             raise ValueError("use_peft: given for a student of fresh weights; allowed with a folder or a hub name")
         shape = read_config(config.model_name, tokenizer)
@@ -299,7 +279,7 @@ class Student:
         model = fresh(shape, config, world, attention="auto" if eager else config.attn_implementation)
         dtype = getattr(torch, shape.dtype)
         saved = whole_model(model, config=shape.to_hf(), dtype=dtype, copy_from=folders.tokenizer)
-        return cls(model, saved, {"shape": dataclasses.asdict(shape)})
+        return cls(model, saved, {"shape": dataclasses.asdict(shape)}, {})
 
 
 def _describe(config: DistillConfig) -> None:

@@ -75,8 +75,9 @@ def load_teacher(folder: Path, *, device: torch.device, dtype: str = "auto") -> 
     if Checkpoint(folder).config.get("model_type") != "gemma2":
         return _foreign(folder, device, dtype)
     model = load_model(folder, device=device, dtype=dtype)
-    # only the weight is used: a packed copy of it is the largest tensor of all
-    put(model, "lm_head", nn.Identity())
+    # as it is, tied: a packed copy would be the largest tensor of all, for a product that the loss makes itself
+    put(model, "lm_head", nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device="meta"))
+    model.tie()
     head = Head(model.model.embed_tokens.weight.detach(), model.config.final_logit_softcapping)
     return Teacher(model, head, fingerprint(folder), model)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,7 @@ class Trainer:
         eval_data: batches of the evaluation, as many on every rank.
         settings: further facts that a resumed run must share (the options are compared anyway).
         free: names of options, besides FREE, that it need not share.
+        notes: further numbers for each record, since the one before it; those of the first rank.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class Trainer:
         eval_data: Data[Any] | None = None,
         settings: Mapping[str, Any] | None = None,
         free: Sequence[str] = (),
+        notes: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
+        self.notes = notes
         self.wide = torch.float32 if world.device.type == "mps" else torch.float64
         """Of sums over tokens: fp32 counts to 2^24."""
         self.model, self.loss, self.data, self.config, self.world = model, loss, data, config, world
@@ -284,7 +287,9 @@ class Trainer:
             "grad_norm": self.norm,
             "tokens": int(self.tokens),
         }
-        progress.record({"step": self.done, **numbers, **watch.read(), "memory": memory(self.world.device)})
+        progress.record(
+            {"step": self.done, **numbers, **self.notes(), **watch.read(), "memory": memory(self.world.device)}
+        )
         self.window = Sums()
         watch.reset()
 
