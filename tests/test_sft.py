@@ -349,3 +349,48 @@ def test_a_run_on_a_gpu(base: Path, tmp_path: Path, flags: str) -> None:
     shutil.rmtree(tmp_path / "again" / "checkpoint-24")
     assert run_sft(base, data, tmp_path / "again", flags) == 0
     same_bits(tmp_path / "again" / "checkpoint-24", tmp_path / "whole" / "checkpoint-24")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, alpha=12, targets="attention")], ids=["full", "lora"])
+def test_the_loss_curve_is_trls(base: Path, tmp_path: Path, lora: LoraConfig | None) -> None:
+    """TRL's SFTTrainer over transformers in eager mode, on the same rows in the same order, some tokens masked."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    made = fixtures.model(lora)
+    first = {n: m.lora_A.detach().clone() for n, m in made.named_modules() if isinstance(m, LoRALinear)}
+    options = fixtures.options(tmp_path / "run", logging_steps=1, lr_scheduler_type="linear", max_grad_norm=1.0)
+    fixtures.run(options, made=made, lora=lora, packing=False)
+    loader = Loader(fixtures.documents(), Batching(length=fixtures.LENGTH, rows=2, seed=3, packing=False), epochs=None)
+    rows = []
+    for _ in range(6):
+        batch = next(loader)
+        for row in range(2):
+            size = int((batch.pos_BT[row] >= 0).sum())
+            ids = [*batch.tokens_BT[row, :size].tolist(), int(batch.targets_BT[row, size - 1])]
+            rows.append({"input_ids": ids, "completion_mask": [0, *batch.weights_BT[row, :size].int().tolist()]})
+    theirs: Any = oracle.oracle(fixtures.debug(), fixtures.weights(fixtures.debug())).requires_grad_(True)
+    theirs.config.pad_token_id = 0
+    if lora is not None:
+        peft = pytest.importorskip("peft")
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets))
+        for name, factor in first.items():
+            theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.data.copy_(factor)
+
+    class InOrder(trl.SFTTrainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(rows)
+
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "peer"), max_steps=6, per_device_train_batch_size=2, learning_rate=3e-3,
+        lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1, adam_epsilon=1e-4, max_grad_norm=1.0,
+        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        max_length=None, packing=False, completion_only_loss=True, disable_tqdm=True,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    peer = InOrder(theirs, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    peer.train()
+    expected = [line["loss"] for line in peer.state.log_history if "loss" in line]
+    torch.testing.assert_close(losses(tmp_path / "run"), expected, rtol=0, atol=1e-4)

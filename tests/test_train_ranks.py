@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import folder_fixtures
 import pytest
 import torch
 import train_fixtures as fixtures
+import yaml
 from test_trainer import begin_from, last_step, losses, weights
 from train_fixtures import gather, model, options, run, together
 
@@ -18,6 +24,10 @@ from gemwright.adapter import LoraConfig
 from gemwright.lora import LoRALinear
 from gemwright.quant.nf4 import Nf4Linear
 from gemwright.train.progress import LOG, records
+from gemwright.train.state import STATE
+
+ROOT = Path(__file__).resolve().parent.parent
+LANGUAGES = ("sh", "bash", "yaml")
 
 
 def test_two_ranks_agree_with_one_and_resume_each_other(tmp_path: Path) -> None:
@@ -109,3 +119,77 @@ def test_a_single_process_may_offload(tmp_path: Path) -> None:
     run(options(tmp_path / "plain"))
     run(options(tmp_path / "offload", cpu_offload=True))
     torch.testing.assert_close(losses(tmp_path / "offload"), losses(tmp_path / "plain"), rtol=1e-5, atol=1e-5)
+
+
+# --- docs/distributed.md ---------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """The commands of the document over a debug model, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+        self.blocks = {
+            language: re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S) for language in LANGUAGES
+        }
+        folder_fixtures.gemma2(folder / "base")
+        rows = [{"prompt": f"The capital of {place}", "completion": " is Paris"} for place in "abcdefgh"]
+        (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        self.config = yaml.safe_load(self.blocks["yaml"][0])
+        small = {"model_name": "base", "max_steps": 2, "max_seq_length": 64, "device": "cpu", "dtype": "float32"}
+        (folder / "run.yaml").write_text(yaml.safe_dump(self.config | small))
+
+    def start(self, command: str, **environment: str) -> subprocess.Popen[str]:
+        """A command with two processes a node instead of eight, or one where there are two nodes."""
+        count = "1" if "--nnodes 2" in command else "2"
+        for name in ("--nproc-per-node", "--num_processes", "--ntasks-per-node="):
+            command = re.sub(rf"({name}[ =]?)8", rf"\g<1>{count}", command)
+        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        return subprocess.Popen(
+            ["bash", "-c", command], cwd=self.folder, text=True, stderr=subprocess.PIPE,
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+
+    def check(self, processes: list[subprocess.Popen[str]], code: int = 0) -> None:
+        """All of them end so, and two ranks have trained."""
+        for process in processes:
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == code, told[-3000:]
+        record = json.loads((self.folder / "out" / "checkpoint-2" / STATE).read_text())
+        assert (record["world"], record["step"]) == (2, 2)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_document(tmp_path: Path) -> None:
+    """One node by both launchers, and two nodes that meet over a port."""
+    for index in range(3):
+        launch = Launch(tmp_path / str(index))
+        command = launch.blocks["sh"][index]
+        nodes = ("0", "1") if "--nnodes" in command else ("0",)
+        port = {"MASTER_ADDR": "127.0.0.1"}
+        command = command.replace("29500", str(fixtures.free_port()))
+        launch.check([launch.start(command, NODE_RANK=rank, **port) for rank in nodes])
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_document(tmp_path: Path) -> None:
+    """With stand-ins: `srun` starts the tasks here, `scontrol` names this host and notes what is put into the queue."""
+    launch = Launch(tmp_path)
+    (script,) = launch.blocks["bash"]
+    stand_ins = {
+        "srun": 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & all="$all $!"; done\n'
+        "code=0; for one in $all; do wait $one || code=$?; done; exit $code",
+        "scontrol": '[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> told',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in stand_ins.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "77"}
+    launch.check([launch.start(script, **job)])
+    assert not (tmp_path / "told").exists()
+    (tmp_path / "bin" / "srun").write_text("#!/bin/bash\nexit 143\n")
+    launch.check([launch.start(script, **job)], code=143)
+    assert (tmp_path / "told").read_text() == "requeue 77\n"

@@ -156,11 +156,16 @@ def start(
     return process
 
 
-def gather(work: Callable[..., object], *arguments: Any, world: int = 2, **named: Any) -> list[BaseProcess]:
-    """Call a function on every rank."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def gather(work: Callable[..., object], *arguments: Any, world: int = 2, **named: Any) -> list[BaseProcess]:
+    """Call a function on every rank."""
+    port = free_port()
     return [start(work, *arguments, rank=rank, world=world, port=port, **named) for rank in range(world)]
 
 
