@@ -16,8 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from gemwright.engine.engine import Engine, Stats
-from gemwright.engine.request import Finish, Request, TokenEvent
+from gemwright.engine.engine import Engine
+from gemwright.engine.request import Finish, Request, Stats, TokenEvent
 from gemwright.lm import LM
 from gemwright.serve.app import create_app
 from gemwright.serve.settings import Settings

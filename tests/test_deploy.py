@@ -13,7 +13,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from gemwright.cli import serve
-from gemwright.engine.engine import Stats
+from gemwright.engine.request import Stats
 from gemwright.serve.metrics import Meters
 from gemwright.serve.settings import Settings
 

@@ -194,13 +194,17 @@ class Steps:
     def _reserve(self, rows: int) -> None:
         """Room for the logits of a pass; graphs that write to a smaller one go."""
         if rows > self._capacity:
-            self._graphs.clear()
-            self._pool = None
+            self.forget()
             self._capacity = next(size for size in CAPACITY if size >= rows)
             self._logits_XV = torch.empty(
                 self._capacity, self.config.vocab_size, dtype=torch.float32, device=self.device
             )
             self._likeliest_X = torch.zeros(self._capacity, dtype=torch.int64, device=self.device)
+
+    def forget(self) -> None:
+        """Record everything anew; torch gives up a pool with its last graph."""
+        self._graphs.clear()
+        self._pool = None
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 

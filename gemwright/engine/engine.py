@@ -22,7 +22,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from gemwright.engine.captured import Passed, Steps
 from gemwright.engine.paged import Chunk, PagedCache, count_pages, read
 from gemwright.engine.pages import PAGE
-from gemwright.engine.request import Pooling, Request, TokenEvent
+from gemwright.engine.request import Pooling, Request, Stats, TokenEvent
 from gemwright.engine.scheduler import GLOBAL, LOCAL, Scheduler, Work
 from gemwright.engine.speculative import Proposer
 from gemwright.engine.structured import Grammars
@@ -49,25 +49,6 @@ log = logging.getLogger(__name__)
 
 PADDED: Final = 1.25
 """Prompt chunks share a pass while padding makes it at most this much larger."""
-
-
-@dataclass
-class Stats:
-    """Counters since the engine was made, and the gauges of this moment."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    cancelled: int = 0
-    errors: int = 0
-    waiting: int = 0
-    running: int = 0
-    pages_used: int = 0
-    pages_total: int = 0
 
 
 class Front(Protocol):
@@ -198,6 +179,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events it made."""
+        if self.device.type != "cuda":
+            return self._step()
+        with torch.cuda.device(self.device):  # where kernels are launched
+            return self._step()
+
+    def _step(self) -> list[TokenEvent]:
         events, self._outbox = self._outbox, []
         if not self._tracks:
             self._gauge()
@@ -207,8 +194,8 @@ class Engine:
         plan = self.scheduler.step()
         if plan.work:
             self._prepare()
-        for works in self._passes(plan.work) if plan.work else ():
-            events += self._run(works)
+            for works in self._passes(plan.work):
+                events += self._run(works)
         self.stats.steps += 1
         self._gauge()
         return events

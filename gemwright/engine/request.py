@@ -57,3 +57,22 @@ class TokenEvent:
     cached_tokens: int = 0
     """On a sample's first event: prompt tokens whose keys were found in the prefix cache."""
     error: str | None = None
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was made, and the gauges of this moment."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    cancelled: int = 0
+    errors: int = 0
+    waiting: int = 0
+    running: int = 0
+    pages_used: int = 0
+    pages_total: int = 0

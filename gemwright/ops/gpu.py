@@ -18,14 +18,15 @@ def available() -> bool:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether a kernel may stand in for plain torch: tensors on CUDA, one known dtype, no gradient, no tracing."""
+    """Whether a kernel may stand in for plain torch: one known dtype, no gradient, no tracing, the current device."""
     first = tensors[0]
     return (
         first.is_cuda
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and first.device.index == torch.cuda.current_device()  # which is where Triton launches
         and first.dtype in (torch.bfloat16, torch.float32)
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == first.dtype and t.is_cuda for t in tensors)
-        and not torch.compiler.is_compiling()
         and available()
     )
 

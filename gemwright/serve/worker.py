@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from gemwright.engine.engine import Engine, Stats
-from gemwright.engine.request import Request, TokenEvent
+from gemwright.engine.engine import Engine
+from gemwright.engine.request import Request, Stats, TokenEvent
 from gemwright.lm import LM
 from gemwright.serve.errors import ApiError, busy, invalid, unavailable
 from gemwright.serve.metrics import Meters
