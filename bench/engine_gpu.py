@@ -11,8 +11,8 @@ Parts, each in a process of its own with a time limit, so that one that fails co
 
     python bench/engine_gpu.py [--parts machine one many] [--out DIR] [--update]
 
-`--out` receives what explains the numbers: each part's output, kernel times, the engine's Python profile, and the
-section for docs/benchmarks.md, which `--update` puts there.
+`--out` receives the numbers and what explains them (kernel times, the engine's Python profile) as JSON, the output of a
+part that failed, and the section for docs/benchmarks.md, which `--update` puts there.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def machine(out: Path) -> dict[str, float]:
+def machine() -> dict[str, float]:
     """Bytes a second of a large copy (read and written) and of reading alone; FLOP/s of a large product."""
     a = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
@@ -105,11 +105,12 @@ def machine(out: Path) -> dict[str, float]:
     return {"copy": copied, "read": read, "flops": 2 * 8192**3 / milliseconds(lambda: x @ y, 10) * 1e3}
 
 
-def one(out: Path) -> dict[str, Any]:
+def one() -> dict[str, Any]:
     """Batch 1: a recorded pass in its variants, and the engine's steps with the best of them."""
     from gemwright.engine import captured
 
-    model, found = random_model(), {}
+    model = random_model()
+    found: dict[str, Any] = {}
     engine = Engine(model, rows=1, cache_tokens=16384)
     ids = random.Random(0).choices(range(3, 250_000), k=128)
     params = SamplingParams(max_new_tokens=200, temperature=0, stop_ids=frozenset())
@@ -141,9 +142,8 @@ def one(out: Path) -> dict[str, Any]:
     times = run(engine, [Request(tokens=ids, params=sampled)])[1]
     found["step, top-p"] = 1e3 * sorted(times)[len(times) // 2]
     found["agreement"] = agreement(model, captured, engine)
-    text = kernel_times(steps._graphs[1][0].replay)
-    (out / "kernels-one.txt").write_text(text)
-    print("\n".join(text.splitlines()[:16]), flush=True)
+    found["kernels"] = kernel_times(steps._graphs[1][0].replay)
+    print("\n".join(found["kernels"][:16]), flush=True)
     return found
 
 
@@ -165,7 +165,7 @@ def agreement(model: Gemma2, captured: Any, engine: Engine) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def products(out: Path) -> dict[str, Any]:
+def products() -> dict[str, Any]:
     """Microseconds of the linears of one row, weights in turn so that none is in the cache; graphs of 8 products."""
     from gemwright.ops import decode_kernels
 
@@ -222,7 +222,7 @@ def load() -> list[tuple[list[int], int]]:
     return [(rng.choices(range(3, 250_000), k=rng.randint(64, 512)), rng.randint(128, 512)) for _ in range(512)]
 
 
-def many(out: Path) -> dict[str, Any]:
+def many() -> dict[str, Any]:
     """512 requests at once through the engine."""
     model = random_model()
     found: dict[str, Any] = {}
@@ -250,14 +250,14 @@ def many(out: Path) -> dict[str, Any]:
         }  # fmt: skip
         print(found, flush=True)
         if rows == 256:
-            profiled(engine, out)
+            found["profile"] = profiled(engine)
         engine.release()
         del engine, steps
         torch.cuda.empty_cache()
     return found
 
 
-def profiled(engine: Engine, out: Path) -> None:
+def profiled(engine: Engine) -> dict[str, list[str]]:
     """Where the steps of 256 decoding rows spend their time: kernels of one pass, and Python."""
     requests = [Request(tokens=ids[:300], params=greedy(60)) for ids, _ in load()[:256]]
     for request in requests:
@@ -271,19 +271,19 @@ def profiled(engine: Engine, out: Path) -> None:
     profile.disable()
     text = io.StringIO()
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(35)
-    (out / "python-many.txt").write_text(text.getvalue())
+    found = {"python": text.getvalue().splitlines()}
     steps = engine._steps
     if steps is not None and steps._graphs:
         graph = steps._graphs[max(steps._graphs)][0]
-        kernels = kernel_times(graph.replay)
-        (out / "kernels-many.txt").write_text(kernels)
-        print("\n".join(kernels.splitlines()[:12]), flush=True)
+        found["kernels"] = kernel_times(graph.replay)
+        print("\n".join(found["kernels"][:12]), flush=True)
         print(f"pass of {max(steps._graphs)} rows: {milliseconds(graph.replay, 10):.2f} ms", flush=True)
     while engine.busy:
         engine.step()
+    return found
 
 
-def kernel_times(call: Callable[[], object]) -> str:
+def kernel_times(call: Callable[[], object]) -> list[str]:
     """A table of kernels by time."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -297,7 +297,7 @@ def kernel_times(call: Callable[[], object]) -> str:
         found.setdefault(event.name, []).append(event.device_time_total)
     rows = sorted(found.items(), key=lambda row: -sum(row[1]))
     lines = [f"{sum(us):9.1f} us {len(us):5d} x {sum(us) / len(us):8.2f}  {name[:110]}" for name, us in rows[:40]]
-    return "\n".join([f"{sum(map(sum, found.values())):9.1f} us in kernels", *lines])
+    return [f"{sum(map(sum, found.values())):9.1f} us in kernels", *lines]
 
 
 def greedy(new: int) -> SamplingParams:
@@ -339,7 +339,7 @@ def transformers_model(attention: str) -> Any:
     return model.eval()
 
 
-def static(out: Path) -> dict[str, Any]:
+def static() -> dict[str, Any]:
     """generate with cache_implementation="static", whose decoding step transformers compiles."""
     model = transformers_model("eager")
     ids = torch.randint(3, 250_000, (1, 128), device="cuda")
@@ -360,7 +360,7 @@ def static(out: Path) -> dict[str, Any]:
     return {"first_call_s": compiled, "step": 1e3 * (again - short) / 192, "tokens_per_s": 192 / (again - short)}
 
 
-def continuous(out: Path) -> dict[str, Any]:
+def continuous() -> dict[str, Any]:
     """generate_batch: as many of the 512 requests as its time limit allows."""
     import transformers
 
@@ -385,7 +385,7 @@ def continuous(out: Path) -> dict[str, Any]:
 
 # --- report ----------------------------------------------------------------------------------------------------------
 
-PARTS: Final[dict[str, Callable[[Path], dict[str, Any]]]] = {
+PARTS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "machine": machine, "one": one, "products": products, "many": many, "static": static, "continuous": continuous,
 }  # fmt: skip
 
@@ -413,9 +413,10 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {ms:.2f} | {1e3 / ms:.0f} | {100 * rate / read:.0f} % | {100 * rate / spec:.0f} % |")
     lines += ["", "| 512 requests | tokens/s | seconds | steps |", "|---|---|---|---|"]
     for rows, result in found.get("many", {}).items():
-        lines.append(
-            f"| engine, {rows} rows | {result['tokens_per_s']:.0f} | {result['seconds']:.1f} | {result['steps']} |"
-        )
+        if rows.isdecimal():
+            lines.append(
+                f"| engine, {rows} rows | {result['tokens_per_s']:.0f} | {result['seconds']:.1f} | {result['steps']} |"
+            )
     if "tokens_per_s" in found.get("continuous", {}):
         result = found["continuous"]
         lines.append(f"| transformers, generate_batch | {result['tokens_per_s']:.0f} | {result['seconds']:.1f} | - |")
@@ -425,7 +426,7 @@ def report(found: dict[str, Any]) -> str:
 
 def in_time(part: str, out: Path) -> dict[str, Any]:
     """A part in its own process: its result, or why there is none."""
-    command = [sys.executable, __file__, "--part", part, "--out", str(out)]
+    command = [sys.executable, __file__, "--part", part]
     begin = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[part])
@@ -434,13 +435,14 @@ def in_time(part: str, out: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired as late:
         text = "".join((x.decode() if isinstance(x, bytes) else x or "") for x in (late.stdout, late.stderr))
         failed, reason = True, f"not done after {LIMITS[part]} s"
-    (out / f"{part}.log").write_text(text)
     print(f"--- {part}: {time.perf_counter() - begin:.0f} s", flush=True)
     if failed:
+        (out / f"{part}.log").write_text(text)
         print(text[-1500:], flush=True)
         return {"failed": reason}
-    print(text[-2500:], flush=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    *said, last = done.stdout.splitlines()
+    print("\n".join([*said, done.stderr[-1000:]]), flush=True)
+    result: dict[str, Any] = json.loads(last)
     return result
 
 
@@ -452,10 +454,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("/tmp/gemwright-engine-gpu"))
     parser.add_argument("--update", action="store_true", help="put the section into docs/benchmarks.md")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
     options.out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING)
     if options.part:
-        print(json.dumps(PARTS[options.part](options.out)))
+        print(json.dumps(PARTS[options.part]()))
         return
     found = {part: in_time(part, options.out) for part in options.parts}
     text = report(found)

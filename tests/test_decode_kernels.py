@@ -38,9 +38,12 @@ def interprets() -> bool:
         return False
 
 
-pytestmark = pytest.mark.skipif(
-    not GPU and not interprets(), reason="needs a CUDA device, or triton and a numpy that its interpreter knows"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not GPU and not interprets(), reason="needs a CUDA device, or triton and a numpy that its interpreter knows"
+    ),
+    *([pytest.mark.gpu] if GPU else []),
+]
 
 
 def kernels() -> Any:

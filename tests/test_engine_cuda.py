@@ -70,7 +70,7 @@ def recorded_equals_plain(model: Gemma2, steps: Steps, other: PagedCache, sizes:
             assert torch.equal(rows[0], passed.logits_XV[-1:])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() and not interprets(), reason="needs a CUDA device or an interpreter")
+@pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.skipif(not interprets(), reason="needs an interpreter")
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_recorded_pass_is_the_models_own(fused: bool, one_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
