@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,27 +65,77 @@ def bulk(
     progress: bool = True,
 ) -> Report:
     """Answer every line of `source` in `target`; see the module. ValueError names the line that is not right."""
-    rows = read_rows(source)
-    if target.exists():
-        raise ValueError(f"output: {target} exists; remove it, or choose another name")
-    part = target.with_name(target.name + ".part")
-    done = _found(part, rows)
-    bar = tqdm(total=len(rows), initial=len(done), unit="prompt", disable=not progress)
-    with part.open("a", encoding="utf-8") as out, bar:
-        run = _Run(lm, engine or lm.engine, rows, out, bar)
-        run.report.found = len(done)
-        common = {"constraint": constraint, "adapter": adapter}
-        run.all((i for i in range(len(rows)) if i not in done), dict(sampling or {}), system, common)
-    _finish(part, target, len(rows))
-    return run.report
+    common = {"constraint": constraint, "adapter": adapter}
+    return answer_rows(
+        lm, read_rows(source), target, sampling=dict(sampling or {}), system=system, common=common, engine=engine,
+        progress=progress,
+    )  # fmt: skip
+
+
+def answer_rows(
+    lm: LM, rows: list[dict[str, Any]], target: Path, *, sampling: dict[str, Any], system: str | None = None,
+    common: dict[str, Any] | None = None, engine: Engine | None = None, progress: bool = True,
+) -> Report:  # fmt: skip
+    """The same for rows in memory; `common` goes into every request."""
+    with Part(rows, target, progress=progress) as part:
+        _Run(lm, engine or lm.engine, part).all(part.todo(), sampling, system, common or {})
+        part.finish()
+    return part.report
+
+
+class Part:
+    """The finished lines of a run, appended as they come; what an earlier run left is taken up.
+
+    ValueError where `target` exists, or the part file is of another input.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], target: Path, *, progress: bool) -> None:
+        if target.exists():
+            raise ValueError(f"output: {target} exists; remove it, or choose another name")
+        self.rows, self.target = rows, target
+        self.path = target.with_name(target.name + ".part")
+        self.done = _found(self.path, rows)
+        self.report = Report(found=len(self.done))
+        self.bar: Any = tqdm(total=len(rows), initial=len(self.done), unit="prompt", disable=not progress)
+        self.out = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.out.close()
+        self.bar.close()
+
+    def todo(self) -> Iterator[int]:
+        """Indices of the lines that are not answered."""
+        return (i for i in range(len(self.rows)) if i not in self.done)
+
+    def write(self, index: int, result: dict[str, Any]) -> None:
+        """Take in what came of a line."""
+        row, report = self.rows[index], self.report
+        self.out.write(json.dumps([index, _digest(row), row | result], ensure_ascii=False) + "\n")
+        self.out.flush()
+        report.failed += "error" in result
+        report.answered += "error" not in result
+        report.prompt_tokens += result.get("prompt_tokens", 0)
+        report.new_tokens += result.get("new_tokens", 0)
+        self.bar.update()
+        if elapsed := self.bar.format_dict["elapsed"]:
+            self.bar.set_postfix_str(f"{report.new_tokens / elapsed:.0f} new tokens/s")
+
+    def finish(self) -> None:
+        """Put the lines in order, and let the output appear."""
+        rows = {index: row for index, _, row in _lines(self.path)}
+        assert len(rows) == len(self.rows), (len(rows), len(self.rows))
+        write_rows(self.target, (rows[i] for i in range(len(rows))))
+        self.path.unlink()
 
 
 class _Run:
     """The lines in flight, and where the finished ones go."""
 
-    def __init__(self, lm: LM, engine: Engine, rows: list[dict[str, Any]], out: TextIO, bar: Any) -> None:
-        self.lm, self.engine, self.rows, self.out, self.bar = lm, engine, rows, out, bar
-        self.report = Report()
+    def __init__(self, lm: LM, engine: Engine, part: Part) -> None:
+        self.lm, self.engine, self.part = lm, engine, part
         self.jobs: dict[str, _Job] = {}
 
     def all(self, todo: Iterator[int], sampling: dict[str, Any], system: str | None, common: dict[str, Any]) -> None:
@@ -105,7 +155,7 @@ class _Run:
 
     def _submit(self, index: int, sampling: dict[str, Any], system: str | None, common: dict[str, Any]) -> None:
         """Put one line into the engine, or its refusal into the output."""
-        row = self.rows[index]
+        row = self.part.rows[index]
         try:
             params = self.lm.params(**{**sampling, **row.get("sampling", {})})
             prompt = row["prompt"] if "prompt" in row else row["messages"]
@@ -116,7 +166,7 @@ class _Run:
             tokens = self.lm.encode(prompt, system=system)
             ident = self.engine.submit(Request(tokens=tokens, params=params, **common))
         except (ValueError, TypeError, AttributeError) as error:  # whatever a line of foreign JSON may hold
-            self._write(index, {"error": str(error)})
+            self.part.write(index, {"error": str(error)})
             return
         answers = [Answer(self.lm.tokenizer, params, len(tokens)) for _ in range(params.n)]
         self.jobs[ident] = _Job(index, answers, params.n)
@@ -125,7 +175,7 @@ class _Run:
         job = self.jobs[event.id]
         if event.finish == "error":
             self.engine.cancel(event.id)
-            self._write(self.jobs.pop(event.id).index, {"error": event.error})
+            self.part.write(self.jobs.pop(event.id).index, {"error": event.error})
             return
         answer = job.answers[event.index]
         answer.push(event)
@@ -133,19 +183,7 @@ class _Run:
             self.engine.cancel(event.id, event.index)
         job.open -= event.finish is not None
         if not job.open:
-            self._write(self.jobs.pop(event.id).index, _result(job.answers))
-
-    def _write(self, index: int, result: dict[str, Any]) -> None:
-        row, report = self.rows[index], self.report
-        self.out.write(json.dumps([index, _digest(row), row | result], ensure_ascii=False) + "\n")
-        self.out.flush()
-        report.failed += "error" in result
-        report.answered += "error" not in result
-        report.prompt_tokens += result.get("prompt_tokens", 0)
-        report.new_tokens += result.get("new_tokens", 0)
-        self.bar.update()
-        if elapsed := self.bar.format_dict["elapsed"]:
-            self.bar.set_postfix_str(f"{report.new_tokens / elapsed:.0f} new tokens/s")
+            self.part.write(self.jobs.pop(event.id).index, _result(job.answers))
 
 
 def read_rows(source: Path) -> list[dict[str, Any]]:
@@ -206,14 +244,11 @@ def _result(answers: list[Answer]) -> dict[str, Any]:
     return {"answers": texts, "finish_reasons": ends, **counts}
 
 
-def _finish(part: Path, target: Path, count: int) -> None:
-    """Put the lines in order, and let the output appear."""
-    rows = {index: row for index, _, row in _lines(part)}
-    assert len(rows) == count, (len(rows), count)
-    ordered = part.with_name(part.name + ".ordered")
-    with ordered.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count))
+def write_rows(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines; the file appears whole."""
+    partial = target.with_name(target.name + ".part.ordered")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-    ordered.replace(target)
-    part.unlink()
+    partial.replace(target)

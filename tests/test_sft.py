@@ -379,7 +379,7 @@ def test_the_loss_curve_is_trls(base: Path, tmp_path: Path, lora: LoraConfig | N
         for name, factor in first.items():
             theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.data.copy_(factor)
 
-    class InOrder(trl.SFTTrainer):  # type: ignore[misc]
+    class InOrder(trl.SFTTrainer):  # type: ignore[misc, name-defined]
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 

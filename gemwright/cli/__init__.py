@@ -25,6 +25,7 @@ VERBS: Final[dict[str, str]] = {
     "pretrain": "train from fresh weights",
     "distill": "teach a student a teacher's whole distribution",
     "cache-teacher": "store what a teacher says of a data set",
+    "synthesize": "let a teacher answer prompts, as data to train on",
     "fuse": "fold an adapter into its base model",
     "bench": "measure the engine, or a server",
     "info": "shapes, parameters, bytes, and what fits this machine",
