@@ -4,7 +4,6 @@ Parts, each in a process of its own with a time limit, so that one that fails co
 
     machine      bandwidth and matmul rate: what the rest is measured against
     one          batch 1: milliseconds of a recorded pass in its variants, and tokens a second through the engine
-    products     the linears of one row, one by one: torch's product and the own kernel
     many         512 requests (prompts up to 512 tokens, answers of 128 to 512): tokens a second through the engine
     static       transformers' generate with a compiled static cache, batch 1
     continuous   transformers' generate_batch over the same 512 requests
@@ -34,19 +33,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from gemwright.config import ModelConfig
-from gemwright.engine.captured import BUCKETS
+from gemwright.engine.captured import DECODE, PROMPT, ROW
 from gemwright.engine.engine import Engine
 from gemwright.engine.request import Request
 from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
 from gemwright.sampling import SamplingParams
 
-LIMITS: Final = {"machine": 40, "one": 80, "products": 60, "many": 100, "static": 150, "continuous": 150}
+LIMITS: Final = {"machine": 40, "one": 80, "many": 100, "static": 150, "continuous": 150}
 """Seconds."""
+TILES: Final = [
+    dict(ROWS=rows, WIDTH=width, STAGES=stages, num_warps=warps)
+    for rows, width, stages, warps in ((8, 512, 2, 4), (4, 512, 3, 4), (2, 512, 4, 2), (1, 1024, 4, 4), (2, 2048, 2, 8))
+]
+"""Of the one-row product, tried beside its own."""
 SPEC: Final = {"H100": 3.35e12, "H200": 4.8e12}
 """Bytes a second by the data sheets."""
 
@@ -82,16 +84,6 @@ def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """A call as a graph, so that launches are not measured."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +100,7 @@ def machine() -> dict[str, float]:
 def one() -> dict[str, Any]:
     """Batch 1: a recorded pass in its variants, and the engine's steps with the best of them."""
     from gemwright.engine import captured
+    from gemwright.ops import decode_kernels
 
     model = random_model()
     found: dict[str, Any] = {}
@@ -118,31 +111,40 @@ def one() -> dict[str, Any]:
     steps = engine._steps
     assert steps is not None and steps.fused, "the pass is not the fused one"
     layers = steps.layers
-    variants = {"fused, own one-row product": (layers, True), "fused": (layers, False), "the model's": ([], False)}
-    for name, (weights, one_row) in variants.items():
+    variants: dict[str, tuple[Any, bool, dict[str, int]]] = {
+        "fused, own one-row product": (layers, True, decode_kernels.TILE),
+        "fused": (layers, False, decode_kernels.TILE),
+        "the model's": ([], False, decode_kernels.TILE),
+    }
+    for tile in TILES:
+        variants["fused, own {ROWS}x{WIDTH}/{STAGES}/{num_warps}".format(**tile)] = (layers, True, tile)
+    for name, (weights, one_row, tile) in variants.items():
         steps.layers, steps.one_row = weights, one_row
+        decode_kernels.TILE = tile
         try:
             with torch.inference_mode():
-                graph, _ = steps._record(1)
+                graph, _ = steps.record(1, 1)
                 found[f"pass, {name}"] = milliseconds(graph.replay)
         except Exception as error:
             print(f"variant {name!r} failed: {type(error).__name__}: {str(error)[:500]}")
-    steps.layers, steps.one_row = layers, found.get("pass, fused, own one-row product", 1e9) <= found["pass, fused"]
-    found["own product"] = steps.one_row
+    own = {name: ms for name, ms in found.items() if "own" in name}
+    best = min(own, key=own.__getitem__)
+    steps.layers, steps.one_row, decode_kernels.TILE = layers, own[best] <= found["pass, fused"], variants[best[6:]][2]
+    found["best"] = best
     steps.forget()
     with torch.inference_mode():
-        found["pass, not recorded"] = milliseconds(lambda: steps.compute(1), 10)
+        found["pass, not recorded"] = milliseconds(lambda: steps.compute(1, 1), 10)
     run(engine, [Request(tokens=ids, params=params)])
     times = run(engine, [Request(tokens=ids, params=params)])[1]
     found["step"] = 1e3 * sorted(times)[len(times) // 2]
     long = random.Random(1).choices(range(3, 250_000), k=7000)
     times = run(engine, [Request(tokens=long, params=dataclasses.replace(params, max_new_tokens=64))])[1]
     found["step at 7000"] = 1e3 * sorted(times[5:])[len(times[5:]) // 2]
-    sampled = dataclasses.replace(params, temperature=0.8, top_p=0.9, seed=1, max_new_tokens=64)
+    sampled = dataclasses.replace(params, temperature=0.8, top_k=50, top_p=0.95, seed=1, max_new_tokens=64)
     times = run(engine, [Request(tokens=ids, params=sampled)])[1]
-    found["step, top-p"] = 1e3 * sorted(times)[len(times) // 2]
+    found["step, top-k and top-p"] = 1e3 * sorted(times)[len(times) // 2]
     found["agreement"] = agreement(model, captured, engine)
-    found["kernels"] = kernel_times(steps._graphs[1][0].replay)
+    found["kernels"] = kernel_times(steps._graphs[1, 1][0].replay)
     print("\n".join(found["kernels"][:16]), flush=True)
     return found
 
@@ -160,60 +162,9 @@ def agreement(model: Gemma2, captured: Any, engine: Engine) -> float:
         for cache in caches:
             read(model, cache, [Chunk(ids[:-1], 0, tables)])
         last = [Chunk(ids[-1:], len(ids) - 1, tables)]
-        got, (want,) = steps.run(last).logits_XV, read(model, caches[1], last)
+        got, (want,) = steps.decode(last).logits_XV, read(model, caches[1], last)
         want = model.logits(want)
     return float((got - want).norm() / want.norm())
-
-
-def products() -> dict[str, Any]:
-    """Microseconds of the linears of one row, weights in turn so that none is in the cache; graphs of 8 products."""
-    from gemwright.ops import decode_kernels
-
-    model = random_model()
-    config, found = model.config, {}
-    D, Ff = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    shapes = {
-        "qkv": (heads + 2 * kv, D),
-        "o": (D, heads),
-        "gate_up": (2 * Ff, D),
-        "down": (D, Ff),
-        "head": (256_000, D),
-    }
-    tiles = [
-        dict(ROWS=r, WIDTH=w, STAGES=s, num_warps=n)
-        for r, w, s, n in (
-            (8, 512, 2, 4), (4, 512, 3, 4), (4, 1024, 2, 4), (2, 1024, 3, 4), (16, 256, 3, 4), (2, 512, 4, 2),
-            (1, 1024, 4, 4),
-        )
-    ]  # fmt: skip
-    with torch.inference_mode():
-        for name, (rows, width) in shapes.items():
-            count = max(8, int(2e8 / (2 * rows * width))) if name != "head" else 2
-            weights = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-            x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16)
-
-            def timed(product: Callable[[Tensor], object], weights: Sequence[Tensor] = weights) -> float:
-                replay = graphed(lambda: [product(w) for w in weights])
-                return 1e3 * milliseconds(replay, 15) / len(weights)
-
-            row = {"GB": 2e-9 * rows * width, "torch": timed(lambda w, x=x: F.linear(x, w))}  # type: ignore[misc]
-            for tile in tiles:
-                label = "{ROWS}x{WIDTH}/{STAGES}/{num_warps}".format(**tile)
-                try:
-                    row[label] = timed(lambda w, x=x, t=tile: decode_kernels.one_row(x, w, tile=t))  # type: ignore[misc]
-                    if name == "gate_up":
-                        row[f"gated {label}"] = timed(
-                            lambda w, x=x, t=tile: decode_kernels.one_row(x, w, gated=True, tile=t)  # type: ignore[misc]
-                        )
-                except Exception as error:
-                    print(f"{name} {label}: {type(error).__name__}: {str(error)[:200]}")
-            found[name] = {key: round(value, 3) for key, value in row.items()}
-            best = sorted((us, label) for label, us in row.items() if label != "GB")[:4]
-            print(name, *(f"{label} {us:.2f} us {row['GB'] / us * 1e6:.0f} GB/s;" for us, label in best), flush=True)
-            del weights
-    return found
 
 
 def load() -> list[tuple[list[int], int]]:
@@ -235,8 +186,11 @@ def many() -> dict[str, Any]:
         with torch.inference_mode():
             begin = time.perf_counter()
             steps._reserve(rows)
-            for size in (size for size in BUCKETS if size <= rows and size not in steps._graphs):
-                steps._graphs[size] = steps._record(size)
+            sizes = [(size, 1) for size in DECODE if size <= rows] + [
+                (size, ROW) for size in PROMPT if size * ROW <= budget
+            ]
+            for size in sizes:
+                steps._graphs[size] = steps._graphs.get(size) or steps.record(*size)
             print(f"{len(steps._graphs)} graphs, {time.perf_counter() - begin:.1f} s", flush=True)
         engine.refresh()  # what was recorded last has written to pages
         requests = [Request(tokens=ids, params=greedy(new)) for ids, new in load()]
@@ -274,10 +228,13 @@ def profiled(engine: Engine) -> dict[str, list[str]]:
     found = {"python": text.getvalue().splitlines()}
     steps = engine._steps
     if steps is not None and steps._graphs:
-        graph = steps._graphs[max(steps._graphs)][0]
+        rows = max(rows for rows, tokens in steps._graphs if tokens == 1)
+        graph = steps._graphs[rows, 1][0]
         found["kernels"] = kernel_times(graph.replay)
         print("\n".join(found["kernels"][:12]), flush=True)
-        print(f"pass of {max(steps._graphs)} rows: {milliseconds(graph.replay, 10):.2f} ms", flush=True)
+        print(f"pass of {rows} rows: {milliseconds(graph.replay, 10):.2f} ms", flush=True)
+        for size in sorted(size for size in steps._graphs if size[1] > 1):
+            print(f"prompt of {size}: {milliseconds(steps._graphs[size][0].replay, 5):.2f} ms", flush=True)
     while engine.busy:
         engine.step()
     return found
@@ -386,7 +343,7 @@ def continuous() -> dict[str, Any]:
 # --- report ----------------------------------------------------------------------------------------------------------
 
 PARTS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
-    "machine": machine, "one": one, "products": products, "many": many, "static": static, "continuous": continuous,
+    "machine": machine, "one": one, "many": many, "static": static, "continuous": continuous,
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def read(
 ) -> Tensor:
     """Logits [B, T - start, V], read through a cache in chunks of these sizes, the last of which repeats."""
     B, T = tokens_BT.shape
-    cache = cache or KVCache(model.config, B, T, chunk=max(sizes), dtype=torch.float32)
+    cache = cache or KVCache(model.config, B, T, chunk=max(sizes), dtype=torch.float32, device=tokens_BT.device)
     parts = []
     for size in chain(sizes, repeat(sizes[-1])):
         end = min(T, start + size)

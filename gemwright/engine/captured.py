@@ -1,10 +1,9 @@
-"""Decoding passes on CUDA as graphs: one launch a pass, in which every token is a row of its own.
+"""Passes on CUDA as graphs: one launch a pass instead of hundreds.
 
 A pass of a small model is hundreds of kernels, each shorter than its launch, so it is recorded once for each number of
-rows (padded to `BUCKETS`) and replayed. What differs from pass to pass lies in one int32 tensor: tokens, positions, and
-for each kind of layer the first page and the table of each row. It is filled on the CPU and copied at once; a row that
-pads has position -1, writes to the trash page and sees nothing. Tables are as wide as the context, since the kernels
-read lengths from the positions; so the number of rows is all that a graph depends on.
+rows (padded to `DECODE` or `PROMPT`) and replayed over the same `Inputs`. Where sequences decode, a row is a token, and
+the logits are part of the pass; where prompts are read, a row is `ROW` consecutive tokens of one. The number of rows is
+all that a graph depends on.
 
 Where the model is plain (bf16 or fp32 linears), the pass is `_fused`: the arithmetic of `model.py`, with the same
 roundings, in nine launches a layer. The weights of q, k and v, and of gate and up, then lie one after the other in
@@ -12,7 +11,8 @@ memory, as one matrix, and the model's parameters are views of it. Other models 
 
 Graphs read the weights and pages by address: `valid` says whether these are still the same.
 
-Legend: X rows (a token each), n pages of a table, D model, N query heads, K key/value heads, H head dim, V vocabulary.
+Legend: B rows, T tokens of a row, X = B T, n pages of a table, D model, N query heads, K key/value heads, H head dim,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from math import sqrt
 from types import ModuleType
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemwright.engine.paged import Chunk, PagedCache, Places, View, paged_attention
+from gemwright.engine.inputs import Fields, Inputs
+from gemwright.engine.paged import Chunk, PagedCache, View, paged_attention
 from gemwright.engine.pages import PAGE
-from gemwright.engine.scheduler import Kind, Table
 from gemwright.lora import AdaptedLinear
 from gemwright.model import Gemma2
 from gemwright.ops import gpu
 from gemwright.ops.norm import RMSNorm
 from gemwright.ops.rope import rope_tables
 
-BUCKETS: Final[tuple[int, ...]] = (
+DECODE: Final[tuple[int, ...]] = (
     1,
     2,
     4,
@@ -47,11 +46,13 @@ BUCKETS: Final[tuple[int, ...]] = (
     *range(128, 256, 32),
     *range(256, 513, 64),
 )
-"""Numbers of rows that are recorded; more than the last are not."""
+"""Numbers of rows of a token that are recorded; more than the last are not."""
+ROW: Final = 32
+"""Tokens in a row of a prompt: with the heads of a group they fill the tile of the attention kernel."""
+PROMPT: Final[tuple[int, ...]] = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+"""Numbers of such rows."""
 CAPACITY: Final = (8, 32, 128, 512)
 """Rows of logits that are kept: what a pass needs, in few steps, since each step records all graphs anew."""
-ALIGN: Final = 16
-"""Fields begin at multiples of so many int32, or the kernels would be compiled for each alignment."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,6 @@ class Passed:
             return self.logits_XV, self.likeliest_X
         at = gpu.upload(places, self.logits_XV.device)
         return self.logits_XV[at], self.likeliest_X[at]
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The int32 inputs of a pass."""
-
-    tokens_X: Tensor
-    pos_X: Tensor
-    places: dict[Kind, Places]
 
 
 @dataclass(frozen=True)
@@ -102,15 +94,12 @@ class Steps:
         self.device = cache.device
         self.one_row = cache.k_PKsH[0].dtype == torch.bfloat16
         """Whether a single row is multiplied by the own kernel."""
-        self._widths = {kind: min(-(-context // PAGE) + 1, cache.trash[kind]) for kind in sorted(set(cache.kinds))}
-        self._size = -(-max(BUCKETS) // ALIGN) * ALIGN * (2 + sum(1 + width for width in self._widths.values()))
-        self._static = torch.zeros(self._size, dtype=torch.int32, device=self.device)
-        self._host = np.zeros(self._size, np.int32)
-        self._rows: dict[Kind, list[tuple[Table, int, int] | None]] = {}
-        self._filled = 0
+        widths = {kind: min(-(-context // PAGE) + 1, cache.trash[kind]) for kind in sorted(set(cache.kinds))}
+        self._decode = Inputs(DECODE[-1], 1, widths, self.device)
+        self._prompt = Inputs(PROMPT[-1], ROW, widths, self.device)
         self._capacity = 0
         self._logits_XV = self._likeliest_X = torch.empty(0)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         with torch.inference_mode(False), torch.no_grad():
             self.layers = self._weights()
@@ -128,68 +117,35 @@ class Steps:
         """Whether the model's weights still lie where the graphs read them."""
         return bool(self._addresses == [p.data_ptr() for p in self.model.parameters()])
 
-    def serves(self, rows: int) -> bool:
-        """Whether passes of so many rows are recorded."""
-        return rows <= BUCKETS[-1]
+    def decodes(self, rows: int) -> bool:
+        """Whether passes of so many tokens, each a row, are recorded."""
+        return rows <= DECODE[-1]
+
+    def reads(self, counts: Sequence[int]) -> bool:
+        """Whether passes over chunks of so many tokens are recorded."""
+        return sum(-(-count // ROW) for count in counts) <= PROMPT[-1]
 
     @property
     def fused(self) -> bool:
         """Whether the model is plain, so that the pass is made of fused kernels."""
         return bool(self.layers)
 
-    def run(self, chunks: Sequence[Chunk]) -> Passed:
+    def decode(self, chunks: Sequence[Chunk]) -> Passed:
         """One pass over the tokens of chunks, in their order; their keys and values are written."""
-        X = sum(len(chunk.tokens) for chunk in chunks)
-        rows = next(size for size in BUCKETS if size >= X)
-        self._fill(rows, chunks)
-        gpu.copy_(self._static[: self._filled], torch.from_numpy(self._host[: self._filled]))
+        X = self._decode.rows_of(chunks)
+        rows = next(size for size in DECODE if size >= X)
+        self._decode.fill(rows, chunks)
         self._reserve(rows)
-        hidden_XD = self._replay(rows)
+        hidden_XD = self._replay(rows, 1)
         return Passed(hidden_XD[:X].clone(), self._logits_XV[:X], self._likeliest_X[:X])
 
-    # --- inputs ------------------------------------------------------------------------------------------------------
-
-    def _fields(self, rows: int) -> list[tuple[int, int]]:
-        """Where each field of a pass begins and ends: tokens, positions, then first and table of each kind."""
-        sizes = [rows, rows, *(size for width in self._widths.values() for size in (rows, rows * width))]
-        spans, at = [], 0
-        for size in sizes:
-            spans.append((at, at + size))
-            at += -(-size // ALIGN) * ALIGN
-        return [*spans, (at, at)]
-
-    def _fill(self, rows: int, chunks: Sequence[Chunk]) -> None:
-        """Bring the host's copy up to date; of tables only rows that changed."""
-        *spans, (end, _) = self._fields(rows)
-        tokens, pos, *rest = (self._host[low:high] for low, high in spans)
-        if end != self._filled:
-            self._filled, self._rows = end, {kind: [None] * rows for kind in self._widths}
-        flat = [token for chunk in chunks for token in chunk.tokens]
-        X = len(flat)
-        tokens[:X], tokens[X:] = flat, 0
-        pos[:X] = [chunk.start + i for chunk in chunks for i in range(len(chunk.tokens))]
-        pos[X:] = -1
-        for (kind, width), first, table in zip(self._widths.items(), rest[::2], rest[1::2], strict=True):
-            table_Xn, known = table.reshape(rows, width), self._rows[kind]
-            row = 0
-            for chunk in chunks:
-                held = chunk.tables[kind]
-                state = (held, held.first, len(held.pages))
-                for _ in chunk.tokens:
-                    # a table with the same first page and as many pages is the same: pages come and go at its ends
-                    if (was := known[row]) is None or was[0] is not held or was[1:] != state[1:]:
-                        first[row], known[row] = held.first, state
-                        table_Xn[row, : len(held.pages)] = held.pages
-                    row += 1
-
-    def _inputs(self, rows: int) -> Fields:
-        spans = self._fields(rows)[:-1]
-        tokens, pos, *rest = (self._static[low:high] for low, high in spans)
-        places = {
-            kind: Places(table.view(rows, width), first, self.cache.trash[kind])
-            for (kind, width), first, table in zip(self._widths.items(), rest[::2], rest[1::2], strict=True)
-        }
-        return Fields(tokens, pos, places)
+    def read(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """One pass over chunks of prompts; hidden states [count, D] of each one's tokens."""
+        needed = self._prompt.rows_of(chunks)
+        rows = next(size for size in PROMPT if size >= needed)
+        self._prompt.fill(rows, chunks)
+        hidden_XD = self._replay(rows, ROW).clone()
+        return [hidden_XD[place] for place in self._prompt.places(chunks)]
 
     def _reserve(self, rows: int) -> None:
         """Room for the logits of a pass; graphs that write to a smaller one go."""
@@ -208,32 +164,36 @@ class Steps:
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
-    def _replay(self, rows: int) -> Tensor:
-        """Run a pass over the static inputs: hidden states of all rows; logits and likeliest ids in their tensors."""
-        if rows not in self._graphs:
-            self._graphs[rows] = self._record(rows)
-        graph, hidden_XD = self._graphs[rows]
+    def _replay(self, rows: int, tokens: int) -> Tensor:
+        """Run a pass over the inputs: its hidden states; logits and likeliest ids lie in their tensors."""
+        if (rows, tokens) not in self._graphs:
+            self._graphs[rows, tokens] = self.record(rows, tokens)
+        graph, hidden_XD = self._graphs[rows, tokens]
         graph.replay()
         return hidden_XD
 
-    def _record(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # first on a stream of its own: kernels are compiled and workspaces allocated outside the graph
+    def record(self, rows: int, tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A pass of so many rows and tokens a row as a graph, with its hidden states. It runs once, over the inputs."""
+        # on a stream of its own: kernels are compiled and workspaces allocated outside the graph
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         main = torch.cuda.current_stream(self.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            self.compute(rows)
+            self.compute(rows, tokens)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden_XD = self.compute(rows)
+            hidden_XD = self.compute(rows, tokens)
         return graph, hidden_XD
 
-    def compute(self, rows: int) -> Tensor:
-        """What is recorded."""
-        fields = self._inputs(rows)
+    def compute(self, rows: int, tokens: int) -> Tensor:
+        """What is recorded: hidden states [X, D]; where a row is a token, its logits, too."""
+        inputs = self._decode if tokens == 1 else self._prompt
+        fields = inputs.fields(rows, self.cache.trash)
         hidden_XD = self._fused(fields) if self.fused else self._general(fields)
+        if tokens > 1:
+            return hidden_XD
         raw_XV = self._product(hidden_XD, self.model.lm_head.weight) if self.fused else self.model.lm_head(hidden_XD)
         gpu.kernels().capped_best(
             raw_XV, self.config.final_logit_softcapping, self._logits_XV[:rows], self._likeliest_X[:rows]
@@ -243,8 +203,8 @@ class Steps:
     def _general(self, fields: Fields) -> Tensor:
         """Any model, through its own forward pass."""
         view = View(self.cache, fields.places)
-        hidden_X1D: Tensor = self.model(fields.tokens_X[:, None], fields.pos_X[:, None], cache=view)
-        return hidden_X1D[:, 0]
+        hidden_BTD: Tensor = self.model(fields.tokens_BT, fields.pos_BT, cache=view)
+        return hidden_BTD.flatten(0, 1)
 
     def _fused(self, fields: Fields) -> Tensor:
         """The pass of `model.py` over the fused kernels."""
@@ -255,15 +215,16 @@ class Steps:
         embedding, last_D = self.model.model.embed_tokens.weight, self.model.model.norm.weight
         after = [*(layer.input_D for layer in self.layers[1:]), last_D]
         n_XD: Tensor
-        x_XD, n_XD = kernels.embed(fields.tokens_X, embedding, self.scale, self.layers[0].input_D, eps)
+        (B, T), pos_X = fields.pos_BT.shape, fields.pos_BT.flatten()
+        x_XD, n_XD = kernels.embed(fields.tokens_BT.flatten(), embedding, self.scale, self.layers[0].input_D, eps)
         for i, layer in enumerate(self.layers):
             places, stores = fields.places[cache.kinds[i]], (cache.k_PKsH[i], cache.v_PKsH[i])
-            where = (places.table_Bn, places.first_B, fields.pos_X)
+            where = (places.table_Bn, places.first_B)
             qkv = self._products(n_XD, layer.qkv, [N * H, K * H, K * H])
             q_XNH, k_XKH, v_XKH = (heads.view(len(x_XD), -1, H) for heads in qkv)
-            q_XNH = kernels.write(q_XNH, k_XKH, v_XKH, self.turns, stores, *where)
-            out_XNH = attend(q_XNH[:, None], *stores, *where[:2], fields.pos_X[:, None], window=config.window(i))
-            o_XD = self._product(out_XNH.view(len(x_XD), N * H), layer.o)
+            q_XNH = kernels.write(q_XNH, k_XKH, v_XKH, self.turns, stores, *where, pos_X)
+            out_BTNH = attend(q_XNH.view(B, T, N, H), *stores, *where, fields.pos_BT, window=config.window(i))
+            o_XD = self._product(out_BTNH.view(B * T, N * H), layer.o)
             x_XD, n_XD = kernels.add_norm(o_XD, layer.post_attention_D, x_XD, layer.pre_feedforward_D, eps)
             down_XD = self._product(self._gate(kernels, n_XD, layer.gate_up), layer.down)
             x_XD, n_XD = kernels.add_norm(down_XD, layer.post_feedforward_D, x_XD, after[i], eps)

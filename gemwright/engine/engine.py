@@ -218,7 +218,11 @@ class Engine:
         if short:
             yield short
         group: list[Work] = []
-        for w in sorted((w for w in work if not self._cache.short(w.count)), key=lambda w: -w.count):
+        long = [w for w in work if not self._cache.short(w.count)]
+        adapted = any(self._tracks[w.seq.id].request.adapter for w in long)
+        if self._steps is not None and self._steps.reads([w.count for w in long]) and not adapted:
+            group, long = long, []  # lengths need not be alike
+        for w in sorted(long, key=lambda w: -w.count):
             if group and group[0].count * (len(group) + 1) > PADDED * (sum(g.count for g in group) + w.count):
                 yield group
                 group = []
@@ -295,12 +299,14 @@ class Engine:
         assert self._cache is not None
         chunks = [Chunk((w.seq.tokens[w.start :] + w.seq.drafts)[: w.count], w.start, w.seq.tables) for w in works]
         adapters = [self._tracks[w.seq.id].request.adapter for w in works]
-        rows = [work.count for work in works]
-        recorded = self._steps is not None and all(map(self._cache.short, rows)) and self._steps.serves(sum(rows))
-        if self._steps is not None and recorded and not any(adapters):
+        counts = [work.count for work in works]
+        if self._steps is not None and not any(adapters):
             self.slots.select(())
-            passed = self._steps.run(chunks)
-            return torch.split(passed.hidden_XD, rows), passed
+            if all(map(self._cache.short, counts)) and self._steps.decodes(sum(counts)):
+                passed = self._steps.decode(chunks)
+                return torch.split(passed.hidden_XD, counts), passed
+            if self._steps.reads(counts):
+                return self._steps.read(chunks), None
         select = lambda owners: self.slots.select([adapters[i] for i in owners])  # noqa: E731
         return read(self.model, self._cache, chunks, select), None
 
