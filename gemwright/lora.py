@@ -69,7 +69,9 @@ class LoRALinear(nn.Module):
         y_XF: Tensor = self.base(x_XD)
         narrow = x_XD.dtype == torch.bfloat16 and (x_XD.is_cuda or self.fast_bf16)
         dtype = torch.bfloat16 if narrow else self.lora_A.dtype
-        low_Xr = F.linear(F.dropout(x_XD, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
+        if self.dropout and self.training:
+            x_XD = F.dropout(x_XD, self.dropout)
+        low_Xr = F.linear(x_XD.to(dtype), self.lora_A.to(dtype))
         return torch.add(y_XF, F.linear(low_Xr, self.lora_B.to(dtype)), alpha=self.scale).to(y_XF.dtype)
 
 

@@ -319,3 +319,37 @@ def test_the_arithmetic_is_the_same_with_the_kernels(dtype: torch.dtype, monkeyp
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
     with torch.enable_grad():
         assert not native.serves(x), "a gradient needs plain torch"
+
+
+# ---- losses ----
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cap", "temperature"), [(30.0, 1.0), (10.0, 0.7), (None, 1.5)])
+def test_logits_of_tiles_and_their_gradient(dtype: torch.dtype, cap: float | None, temperature: float) -> None:
+    """Three tiles of odd widths inside larger rows, past the cap, against fp64; what lies beside a tile stays."""
+    raw = (60 * torch.randn(9, 300)).to(dtype)
+    logits = torch.full((9, 310), torch.nan)
+    top, total = torch.full((9, 1), -torch.inf), torch.zeros(9, 1)
+    for v in (slice(0, 37), slice(37, 298), slice(298, 300)):
+        native.logits_read_(raw[:, v].contiguous(), logits[:, v], top, total, cap=cap, temperature=temperature)
+    want = (raw.double() if cap is None else cap * torch.tanh(raw.double() / cap)) / temperature
+    torch.testing.assert_close(logits[:, :300].double(), want, rtol=1e-6, atol=1e-5)
+    assert logits[:, 300:].isnan().all()
+    torch.testing.assert_close((top + total.log()).double(), want.logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6)
+    weight = torch.rand(9, 1)
+    native.logits_gradient_(logits[:, :300], top, total.log(), weight, cap=cap, temperature=temperature)
+    slope = 1 if cap is None else 1 - torch.tanh(raw.double() / cap) ** 2
+    truth = weight.double() * want.softmax(-1) * slope / temperature
+    assert relative(logits[:, :300], truth) < 1e-5
+
+
+@needs_library
+def test_logits_that_are_not_finite_reach_the_sum() -> None:
+    raw = torch.zeros(2, 40)
+    raw[0, 39] = torch.nan
+    top, total = torch.full((2, 1), -torch.inf), torch.zeros(2, 1)
+    native.logits_read_(raw, torch.empty(2, 40), top, total, cap=30.0, temperature=1.0)
+    assert total[0].isnan()
+    assert total[1] == 40

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemwright.ops import gpu
 from gemwright.ops.fuse import fused
-from gemwright.ops.head import Gradients, Head, log_probs, product_dtype, slope_, wide
+from gemwright.ops.head import Chunk, Gradients, Head, log_probs, product_dtype, slope_, wide
 from gemwright.ops.loss import MadeForward, counted, gradients_wanted, sparse_targets
 
 Terms = tuple[Tensor, Tensor]
@@ -114,7 +115,7 @@ def divergence(
     needs = gradients_wanted(student_XD, student)
     total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
         student_XD, student.weight_VD, cropped(student, vocab), needs, teacher_XD, cropped(teacher, vocab), weights_X,
-        DIVERGENCES[kind], beta,
+        kind, beta,
     )  # fmt: skip
     return total, weights_X.sum()
 
@@ -154,12 +155,26 @@ def _into_gradient_(
     slope_(ours_xv, cap, temperature).mul_(d_xv).mul_(weight_x1)
 
 
+def _pass(
+    head: Head, ours: Chunk, theirs: Chunk, kind: str, beta: float, weight_x1: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """On CUDA: the divergences of a chunk, and the gradient by h . W^T of their weighted sum, where it is wanted."""
+    sides = ours.logits_xV, theirs.logits_xV, ours.sums, theirs.sums, kind, beta
+    value_x1, sum_x1 = gpu.losses().compare(*sides)
+    if not gradient:
+        return value_x1, None
+    made_xV = gpu.losses().divergence_gradient(
+        *sides, sum_x1, weight_x1, cap=head.softcap, temperature=head.temperature, dtype=ours.hidden_xD.dtype
+    )
+    return value_x1, made_xV
+
+
 class _Divergence(MadeForward):
     @staticmethod
     def forward(
         ctx: Any, student_XD: Tensor, weight_VD: Tensor, student: Head, needs: tuple[bool, bool],
         teacher_XD: Tensor, teacher: Head, weights_X: Tensor,
-        terms: Callable[[Tensor, Tensor, float], Terms], beta: float,
+        kind: str, beta: float,
     ) -> Tensor:  # fmt: skip
         dtype, limit = product_dtype(student_XD), student.chunk_bytes()
         total = student_XD.new_zeros((), dtype=wide(dtype))
@@ -167,10 +182,16 @@ class _Divergence(MadeForward):
         sides = student.chunks(student_XD, dtype, limit), teacher.chunks(teacher_XD, product_dtype(teacher_XD), limit)
         for ours, theirs in zip(*sides, strict=True):
             weight_x1 = weights_X[ours.part, None]
+            if gpu.serves(ours.logits_xV, theirs.logits_xV):
+                value_x1, made_xV = _pass(student, ours, theirs, kind, beta, weight_x1, grads.any)
+                total += (weight_x1 * value_x1).sum()
+                if made_xV is not None:
+                    grads.add(student, ours, made_xV)
+                continue
             value_x1, sum_x1 = torch.zeros_like(weight_x1), torch.zeros_like(weight_x1)
             for v in student.tiles():
                 tile = ours.logits_xV[:, v], theirs.logits_xV[:, v]
-                value_v1, sum_v1 = _compare_(*tile, ours.sums, theirs.sums, terms, beta)
+                value_v1, sum_v1 = _compare_(*tile, ours.sums, theirs.sums, DIVERGENCES[kind], beta)
                 value_x1 += value_v1
                 sum_x1 += sum_v1
             total += (weight_x1 * value_x1).sum()

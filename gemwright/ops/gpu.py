@@ -1,4 +1,5 @@
-"""What torch code asks about CUDA: which tensors the own kernels serve (`decode_kernels.py`, Triton), small uploads."""
+"""What torch code asks about CUDA: which tensors the own kernels serve (Triton: `decode_kernels.py` and
+`loss_kernels.py`), small uploads."""
 
 from __future__ import annotations
 
@@ -51,3 +52,11 @@ def copy_(target: Tensor, host: Tensor) -> Tensor:
         return target.copy_(host)
     # the pinned copy is not given to others before the device has read it: torch's host allocator sees to that
     return target.copy_(host.pin_memory(), non_blocking=True)
+
+
+@functools.cache
+def losses() -> ModuleType:
+    """The module of kernels of the losses."""
+    from gemwright.ops import loss_kernels
+
+    return loss_kernels

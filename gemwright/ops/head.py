@@ -6,7 +6,7 @@ With a vocabulary of 256k the logits of one sequence outweigh the model, so they
 time, in one fp32 buffer that a loss turns into its gradient in place. On a CPU the vocabulary goes in tiles whose
 weight and temporaries fit the cache: what a tile needs between two matmuls costs no memory traffic, and a weight in
 another dtype than the products' is converted as it is read. On CUDA a tile is the whole chunk, and what stands between
-two matmuls is compiled into a pass or two over it (`fused`); the arithmetic is written once for both.
+two matmuls is one pass over it (`loss_kernels.py`, Triton); what has no kernel there is compiled (`fused`).
 
 Products run in bf16 where the device multiplies it natively and the caller works in bf16, else in fp32
 (`product_dtype`); cap, log-sum-exp and sums are fp32 always, fp64 for fp64 inputs.
@@ -23,6 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gemwright.ops import gpu, native
 from gemwright.ops.attention import softcap
 from gemwright.ops.cpu import has_fast_bf16
 from gemwright.ops.fuse import fused
@@ -168,11 +169,17 @@ class Head:
     def _chunk(self, part: slice, hidden_xD: Tensor, logits_xV: Tensor) -> Chunk:
         if logits_xV.is_cuda:
             product(hidden_xD, self.weight_VD.to(hidden_xD.dtype).T, logits_xV)
-            return Chunk(part, hidden_xD, logits_xV, *read_(logits_xV, self.softcap, self.temperature))
+            read = gpu.losses().read_ if gpu.serves(logits_xV) else read_
+            return Chunk(part, hidden_xD, logits_xV, *read(logits_xV, self.softcap, self.temperature))
         top_x1 = logits_xV.new_full((len(hidden_xD), 1), -torch.inf)
         sum_x1 = torch.zeros_like(top_x1)
         for v in self.tiles():
-            raw_xv = product(hidden_xD, self.weight_VD[v].to(hidden_xD.dtype).T)
+            raw_xv = torch.mm(hidden_xD, self.weight_VD[v].to(hidden_xD.dtype).T, out=hidden_xD.new_empty(0))
+            if native.serves(raw_xv):
+                sums = top_x1, sum_x1
+                native.logits_read_(raw_xv, logits_xV[:, v], *sums, cap=self.softcap, temperature=self.temperature)
+                continue
+            raw_xv = raw_xv.to(logits_xV.dtype)
             tile_xv = torch.mul(softcap(raw_xv, self.softcap), 1 / self.temperature, out=logits_xV[:, v])
             before_x1, top_x1 = top_x1, torch.maximum(top_x1, tile_xv.amax(-1, keepdim=True))
             sum_x1 *= (before_x1 - top_x1).exp_()
@@ -197,12 +204,12 @@ class Gradients:
         self.weight_VD = torch.zeros_like(weight_VD) if needs[1] else None
         self.any = any(needs)
 
-    def add(self, head: Head, chunk: Chunk) -> None:
-        """Add a chunk whose logits have been replaced by d loss / d (h . W^T)."""
+    def add(self, head: Head, chunk: Chunk, made_xV: Tensor | None = None) -> None:
+        """Add a chunk whose logits have been replaced by d loss / d (h . W^T), or where that lies apart."""
         h_xD = chunk.hidden_xD
-        sum_xD = torch.zeros_like(h_xD, dtype=chunk.logits_xV.dtype)
+        sum_xD = torch.zeros_like(h_xD, dtype=wide(h_xD.dtype))
         for v in head.tiles():
-            d_xv = chunk.logits_xV[:, v].to(h_xD.dtype)
+            d_xv = (chunk.logits_xV if made_xV is None else made_xV)[:, v].to(h_xD.dtype)
             if self.hidden_XD is not None:
                 add_product_(sum_xD, d_xv, head.weight_VD[v].to(h_xD.dtype))
             if self.weight_VD is not None:

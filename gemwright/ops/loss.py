@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemwright.ops import gpu, native
 from gemwright.ops.attention import softcap as cap_logits
 from gemwright.ops.fuse import fused
-from gemwright.ops.head import Gradients, Head, log_probs, product_dtype, slope_, wide
+from gemwright.ops.head import Chunk, Gradients, Head, log_probs, product_dtype, slope_, wide
 
 
 def reference(
@@ -91,6 +92,10 @@ class _LogProb(torch.autograd.Function):
         grads = Gradients(hidden_XD, weight_VD, (ctx.needs_input_grad[0], ctx.needs_input_grad[2]))
         for chunk in head.chunks(hidden_XD, ctx.dtype):
             part, z_xV = chunk.part, chunk.logits_xV
+            if outer[2] is None and gpu.serves(z_xV):
+                weights = (d_lse_X - d_logprob_X)[part, None], targets_X[part, None], d_logprob_X[part, None]
+                grads.add(head, chunk, _gradient(head, chunk, *weights))
+                continue
             d_target_x1 = d_logprob_X[part, None] * head.slope_(z_xV.gather(1, targets_X[part, None]))
             p_weight_x1 = (d_lse_X - d_logprob_X)[part, None]
             entropy = None if outer[2] is None else (d_entropy_X[part, None], entropy_X[part, None])
@@ -99,6 +104,15 @@ class _LogProb(torch.autograd.Function):
             z_xV.scatter_add_(1, targets_X[part, None], d_target_x1)
             grads.add(head, chunk)
         return grads.hidden_XD, None, grads.weight_VD, None
+
+
+def _gradient(head: Head, chunk: Chunk, p_weight_x1: Tensor, ids_x1: Tensor, id_weight_x1: Tensor) -> Tensor:
+    """The gradient by h . W^T of sum p_weight * lse + id_weight * logits[id], [x, V] in the dtype of the products."""
+    made_xV: Tensor = gpu.losses().gradient(
+        chunk.logits_xV, chunk.sums, p_weight_x1, ids_x1, id_weight_x1, cap=head.softcap, temperature=head.temperature,
+        dtype=chunk.hidden_xD.dtype,
+    )  # fmt: skip
+    return made_xV
 
 
 @fused
@@ -119,6 +133,9 @@ def _into_gradient_(
     entropy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Logits become the gradient by h . W^T of p_weight * lse (`entropy`: its outer gradient and its value)."""
+    if entropy is None and native.serves(logits_xv):
+        native.logits_gradient_(logits_xv, top_x1, log_sum_x1, p_weight_x1, cap=cap, temperature=temperature)
+        return
     log_p_xv = log_probs(logits_xv, top_x1, log_sum_x1)
     if entropy is None:
         d_xv = log_p_xv.exp_().mul_(p_weight_x1)
@@ -217,7 +234,9 @@ class _SparseTargets(MadeForward):
             mass_x1 = mass_xK.sum(-1, keepdim=True)
             total -= (mass_xK * log_probs(at_xK, *chunk.sums)).sum()
             correct += (mass_x1 * (at_xK[:, :1] >= chunk.top_x1)).sum()
-            if grads.any:
+            if grads.any and ids_xK.shape[1] == 1 and gpu.serves(z_xV):
+                grads.add(head, chunk, _gradient(head, chunk, mass_x1, ids_xK, -mass_xK))
+            elif grads.any:
                 for v in head.tiles():
                     _into_gradient_(z_xV[:, v], *chunk.sums, mass_x1, head.softcap, head.temperature)
                 z_xV.scatter_add_(1, ids_xK, -mass_xK * head.slope_(at_xK))

@@ -30,7 +30,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-SOURCES: Final = ("native.h", "native.c", "native_attention.c")
+SOURCES: Final = ("native.h", "native.c", "native_attention.c", "native_loss.c")
 FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fPIC", "-fopenmp")
 """`-fno-trapping-math` lets the compiler vectorise loops that choose; it changes no result."""
 COMPILE_SECONDS: Final = 300
@@ -59,6 +59,8 @@ _ARGUMENTS: Final = {
     "rotate": [*[c_void_p] * 4, *[c_int64] * 3, c_int, c_int],
     "softcap": [*[c_void_p] * 2, c_int64, c_float, c_int],
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
+    "logits_read": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int, c_int],
+    "logits_gradient": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int],
     "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
@@ -226,6 +228,41 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     y = torch.empty_like(x)
     _kernels().softcap(x.data_ptr(), y.data_ptr(), x.numel(), cap, torch.get_num_threads())
     return y
+
+
+def logits_read_(
+    raw_xv: Tensor, out_xv: Tensor, top_x1: Tensor, sum_x1: Tensor, *, cap: float | None, temperature: float
+) -> None:
+    """A tile of products becomes logits in `out`; `top` and `sum` of exp(logit - top), fp32 in place, take it in."""
+    assert not _strided(out_xv, top_x1, sum_x1) and raw_xv.shape == out_xv.shape, (raw_xv.shape, out_xv.shape)
+    _kernels().logits_read(
+        raw_xv.data_ptr(), out_xv.data_ptr(), top_x1.data_ptr(), sum_x1.data_ptr(), *raw_xv.shape, out_xv.stride(0),
+        cap or 0.0, 1 / temperature, _check(raw_xv), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def logits_gradient_(
+    logits_xv: Tensor,
+    top_x1: Tensor,
+    log_sum_x1: Tensor,
+    weight_x1: Tensor,
+    *,
+    cap: float | None,
+    temperature: float,
+) -> None:
+    """A tile of fp32 logits becomes weight * p * d logits / d products, p = exp(logit - top - log_sum)."""
+    assert not _strided(logits_xv, top_x1, log_sum_x1, weight_x1), logits_xv.shape
+    _kernels().logits_gradient(
+        logits_xv.data_ptr(), top_x1.data_ptr(), log_sum_x1.data_ptr(), weight_x1.data_ptr(), *logits_xv.shape,
+        logits_xv.stride(0), cap or 0.0, temperature, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _strided(tile_xv: Tensor, *columns_x1: Tensor) -> bool:
+    """Whether fp32 tensors lie otherwise than rows of a larger tensor and whole columns."""
+    assert all(x.dtype is torch.float32 and x.is_cpu for x in (tile_xv, *columns_x1)), tile_xv.dtype
+    fits = all(x_x1.is_contiguous() and x_x1.shape == (len(tile_xv), 1) for x_x1 in columns_x1)
+    return not (fits and tile_xv.stride(1) == 1)
 
 
 def nf4(packed_P: Tensor, levels: Tensor, scales_b: Tensor, dtype: torch.dtype) -> Tensor:

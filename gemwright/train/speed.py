@@ -67,6 +67,8 @@ def compile_blocks(model: Gemma2) -> None:
     opaque = cache(torch.compiler.disable)
 
     def run(compiled: Callable[..., Tensor], x_BTD: Tensor, see: Any, tables: Any, attend: Any, kv: Any) -> Tensor:
+        if torch.is_grad_enabled() and not x_BTD.requires_grad:  # the first over a frozen embedding: not a case apart
+            x_BTD = x_BTD.detach().requires_grad_()
         return compiled(x_BTD, see, tables, opaque(attend), kv)
 
     for module in model.modules():
