@@ -264,11 +264,13 @@ class Engine:
         at = 0
         for work, hidden_TD in zip(works, hidden, strict=True):
             track = self._tracks[work.seq.id]
-            track.observe(self.model, work.start, hidden_TD)
+            if track.observes:
+                track.observe(self.model, work.start, hidden_TD)
             last = len(track.seq.tokens) - 1 - work.start
             if last < work.count and track.samples:
                 rows += [(track, j) for j in range(work.count - last)]
-                wanted.append(hidden_TD[last:])
+                if passed is None:
+                    wanted.append(hidden_TD[last:])
                 places += range(at + last, at + work.count)
             at += work.count
         if not rows:

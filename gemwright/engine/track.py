@@ -124,6 +124,11 @@ class Track:
         """What came before the token that follows these drafts, where the controls ask for it."""
         return None if self.history is None else self.history.with_drafts(drafts)
 
+    @property
+    def observes(self) -> bool:
+        """Whether hidden states are asked for, and not only the tokens drawn from them."""
+        return self.scores is not None or self.request.embed is not None
+
     def observe(self, model: Gemma2, start: int, hidden_TD: Tensor) -> None:
         """Gather scores and pooled states from the hidden states of positions [start, start + T) of the prompt."""
         request, stop = self.request, start + len(hidden_TD)
