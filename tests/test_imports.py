@@ -21,7 +21,7 @@ PACKAGE = ROOT / "gemwright"
 
 ORDER = [
     "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "weights", "hub",
-    "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "linearise", "delta",
+    "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "adopt", "delta",
     "parallel", "bundled", "loader", "generate", "engine", "tools", "lm", "bulk", "synthesize", "doctor_probes",
     "doctor", "data", "eval", "merge", "train", "serve", "cli", "__main__",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
 """Let the source model answer the prompts, in its own ChatML with its default system text, and store the chats.
 
-    python recipes/mini/answer.py --data DIR [--batch 1024] [--seconds 60] [--device cuda]
+    python recipes/mini/answer.py --data DIR [--cells 1200000] [--seconds 60] [--device cuda]
 
 reads DIR/prompts.jsonl and writes DIR/tokens/{train,heldout}-chats-NNN.bin (`pairs.py` has the layout), a file a batch.
-A batch whose files are there is skipped, so a run that was interrupted goes on; `--seconds` ends a run between batches.
-Held-out prompts come first. Temperatures are 0.7 for seven conversations in ten, 1 and 0.2 for the others. An answer
-that met the limit while it repeated itself is dropped.
+A batch whose file is there is skipped, so a run that was interrupted goes on; `--seconds` ends a run between batches.
+Held-out prompts come first. A batch has prompts of like length and as many turns, and as many rows as its cache has
+room for. Temperatures are 0.7 for seven conversations in ten, 1 and 0.2 for the others. An answer that met the limit
+while it repeated itself is dropped.
 """
 
 from __future__ import annotations
@@ -68,6 +69,18 @@ def converse(
     return done
 
 
+def batches(asked: list[dict[str, Any]], cells: int) -> list[list[dict[str, Any]]]:
+    """Conversations by number of turns and length of the first, cut where rows times positions exceed `cells`."""
+    found: list[list[dict[str, Any]]] = []
+    for row in sorted(asked, key=lambda row: (len(row["turns"]), len(row["turns"][0]))):
+        positions = min(LONGEST, 64 + len(row["turns"][0]) // 3) + NEW_TOKENS  # nearly always enough
+        turns = len(row["turns"])
+        if not found or len(found[-1][0]["turns"]) != turns or (len(found[-1]) + 1) * positions * turns > cells:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
 def teacher(device: torch.device, dtype: torch.dtype) -> Llama:
     """The source with a cache-reading attention."""
     source = Gguf(base_path())
@@ -77,9 +90,8 @@ def teacher(device: torch.device, dtype: torch.dtype) -> Llama:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--cells", type=int, default=1_200_000, help="positions that a batch's cache holds")
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--first", type=int, default=0, help="the first batch of the training prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -87,20 +99,17 @@ def main() -> None:
     turns, clock = Turns(tokenizer()), Clock()
     asked = rows(args.data / "prompts.jsonl")
     for split in reversed(SPLITS):
-        chosen = sorted(
-            (row for row in asked if row["split"] == split), key=lambda row: (len(row["turns"]), len(row["turns"][0]))
-        )
-        batches = [chosen[at : at + args.batch] for at in range(0, len(chosen), args.batch)]
-        order = list(range(len(batches)))
+        groups = batches([row for row in asked if row["split"] == split], args.cells)
+        order = list(range(len(groups)))
         random.Random(1).shuffle(order)
-        for number in order if split == "heldout" else order[args.first :]:
+        for number in order:
             out = args.data / "tokens" / f"{split}-chats-{number:03d}.bin"
             if out.exists():
                 continue
             generator = torch.Generator(device).manual_seed(number)
-            write_tokens(out, converse(llama, turns, batches[number], generator, clock))
-            print(f"{split} {number}: {clock}", flush=True)
-            if clock.seconds > args.seconds:
+            write_tokens(out, converse(llama, turns, groups[number], generator, clock))
+            print(f"{split} {number}: {len(groups[number])} conversations; {clock}", flush=True)
+            if clock.seconds > args.seconds and split == "train":
                 return
 
 

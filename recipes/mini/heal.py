@@ -5,8 +5,8 @@
     python recipes/mini/heal.py train --data DIR --out DIR/run --minutes 60
     python recipes/mini/heal.py evaluate --data DIR --delta DIR/run/delta.safetensors
 
-The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`, `gemwright/linearise.py`);
-the teacher is the source itself. The loss is the mean of KL(teacher || student) over the tokens where both predict the
+The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the
+teacher is the source itself. The loss is the mean of KL(teacher || student) over the tokens where both predict the
 same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. At each of the marks in ROLLOUTS the
 student answers prompts itself at temperature 1, and these documents take part from then on: on-policy distillation
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
@@ -43,7 +43,7 @@ from pairs import LENGTHS, Mixture, Row, Turns, chats, pieces, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sample import Clock, sample
-from student import Loaded, Student, adopted, linearised, load_delta, save_delta
+from student import Loaded, Student, adopted, load_delta, save_delta
 from torch import Tensor
 
 from gemwright.adopt import Llama, adopted_config
@@ -62,6 +62,10 @@ ROLLOUTS = (0.6, 0.8)
 """Progress at which the student answers prompts itself."""
 NEW_TOKENS = 256
 WARMUP = 20
+LONG = 4096
+"""Positions before it are not counted in the held-out texts of 8192 tokens."""
+GLANCE = 16384
+"""Held-out tokens of each kind that are measured while a run goes on."""
 BETAS = (0.9, 0.98)
 
 
@@ -110,9 +114,7 @@ def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
         yield row.to(device)
 
 
-def evaluate(
-    pair: Pair, documents: list[Tokens], length: int, first: int = 0, limit: int | None = None
-) -> dict[str, Any]:
+def evaluate(pair: Pair, documents: list[Tokens], length: int, limit: int, first: int = 0) -> dict[str, Any]:
     """Mean KL(teacher || student) and cross-entropies, nats a token, over answers and prose from position `first` on.
 
     Runs with gradients on, so that it shares the compiled code of training; nothing is kept.
@@ -138,7 +140,7 @@ def evaluate(
             ]
             agree += int((tops[0] == tops[1]).sum())
         targets += len(target_X)
-        if limit is not None and count >= limit:
+        if count >= limit:
             break
     means = {"kl": total["kl"] / count, "agree": agree / targets}
     return means | {k: v / targets for k, v in total.items() if k != "kl"} | {"tokens": count}
@@ -178,7 +180,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         parameters = list(pair.student.trained.values())
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=args.rate, betas=BETAS, weight_decay=0.0, fused=pair.device.type == "cuda"
+            pair.student.groups(), lr=args.rate, betas=BETAS, weight_decay=0.0, fused=pair.device.type == "cuda"
         )
         self.step, self.tokens, self.elapsed, self.rounds = 0, 0, 0.0, 0
         print(f"{sum(p.numel() for p in parameters):,} trained numbers", flush=True)
@@ -195,7 +197,7 @@ class Run:
         student, parameters = self.pair.student, list(self.pair.student.trained.values())
         progress = self.elapsed / (self.args.minutes * 60)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.rate * rate(progress, self.step)
+            group["lr"] = self.args.rate * group["speed"] * rate(progress, self.step)
         student.write()
         total, count, _ = self.pair.kl(row, row.weight_T)
         (total / count).backward()  # type: ignore[no-untyped-call]
@@ -213,7 +215,7 @@ class Run:
         args, pair = self.args, self.pair
         mixture = Mixture(seed=self.step)
         mixture.set("prose", pieces(args.data, "train", pair.turns, LENGTHS, seed=self.step), SHARES["prose"])
-        mixture.set("chats", chats(args.data, "train"), SHARES["chats"])
+        self.answered(mixture)
         asked = [row for row in json_rows(args.data / "prompts.jsonl") if row["split"] == "train"]
         random.Random(2).shuffle(asked)
         stream = prefetched(rows(iter(mixture), pair.turns, args.tokens), pair.device)
@@ -227,6 +229,7 @@ class Run:
                 part = asked[args.rollouts * (self.rounds - 1) : args.rollouts * self.rounds]
                 own, speed = rollout(pair, part, args.batch, seed=self.rounds)
                 mixture.set("own", own, OWN_SHARE)
+                self.answered(mixture)
                 self.log({"rollout": self.rounds, "documents": len(own), "speed": speed})
             kl, norm = self.update(next(stream))
             self.step, self.tokens = self.step + 1, self.tokens + args.tokens
@@ -236,12 +239,17 @@ class Run:
                 self.log({"kl": float(kl), "norm": float(norm), "tokens/s": self.tokens / self.elapsed})
             if self.elapsed - shown > args.evaluate_seconds:
                 shown = self.elapsed
-                self.measure(heldout, limit=16384)
+                self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
             if self.elapsed - saved > args.save_seconds:
                 saved = self.elapsed
                 self.save()
         pair.student.write()
         self.save()
+
+    def answered(self, mixture: Mixture) -> None:
+        """Take in the teacher's answers that are there by now; `answer.py` may still be at work."""
+        if found := chats(self.args.data, "train"):
+            mixture.set("chats", found, SHARES["chats"])
 
     def warm_up(self, row: Row) -> None:
         """Compile everything: one step whose gradients are thrown away."""
@@ -256,13 +264,12 @@ class Run:
             flush=True,
         )
 
-    def measure(self, heldout: dict[str, list[Tokens]], limit: int | None) -> None:
+    def measure(self, heldout: dict[str, list[Tokens]], limit: int) -> None:
         """Held-out numbers of the weights as they are, to the log."""
         self.pair.student.write()
         for name, documents in heldout.items():
-            first = 4096 if name == "long" else 0
-            if limit is None or name != "long":
-                self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, first, limit))
+            first = LONG if name == "long" else 0
+            self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, limit, first))
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
@@ -299,15 +306,15 @@ def build(args: argparse.Namespace) -> Pair:
     backend = args.attention
     turns = Turns(tokenizer())
     exact = Llama(source, config, torch.float32, device, BACKENDS["blocked"].load())
-    calibration = [p.tolist() for p in pieces(args.data, "train", turns, ((256, 1.0),), seed=7) if len(p) == 256]
-    make = adopted if args.plain else linearised
-    weights, start = make(source, exact, torch.tensor(calibration[: args.calibration], device=device))
+    pieces_of_text = pieces(args.data, "train", turns, ((256, 1.0),), seed=7)[: args.calibration]
+    calibration = [piece.tolist() for piece in pieces_of_text if len(piece) == 256]
+    weights = adopted(source, exact, torch.tensor(calibration, device=device))
     llama = Llama(source, config, dtype, device, BACKENDS[backend].load())
     with torch.device("meta"):
         model = Gemma2(config, Attention(train=backend, prefill="blocked", decode="blocked"))
     model = model.to_empty(device=device).to(dtype)
     model.tie()
-    student = Student(model, weights, start, None if args.full else args.rank)
+    student = Student(model, weights, None if args.full else args.rank)
     student.write()
     if args.compile:
         llama.compile()
@@ -322,14 +329,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run (train); an interrupted run resumes")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run in wall-clock minutes")
     parser.add_argument("--delta", type=Path, help="evaluate this delta; without it the adopted model as it is")
-    parser.add_argument("--plain", action="store_true", help="adopt without linearised norms")
     parser.add_argument("--full", action="store_true", help="train whole matrices; the delta is then extracted")
     parser.add_argument("--rank", type=int, default=52, help="of the delta's updates")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, for numbers relative to their usual size")
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
     parser.add_argument("--calibration", type=int, default=64, help="pieces of 256 tokens that adoption is fitted to")
+    parser.add_argument("--heldout", type=int, default=10**9, help="held-out tokens of each kind, at most")
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -358,17 +365,16 @@ def main() -> None:
         run = Run(pair, args)
         run.resume()
         if run.step == 0:
-            run.measure(heldout, None)
+            run.measure(heldout, args.heldout)
         run.train(heldout)
-        run.measure(heldout, None)
-        dimension = -1 if pair.student.start is None else pair.student.start.dimension
-        save_delta(args.out / "delta.safetensors", pair.student.delta(args.rank), args.rank, dimension)
+        run.measure(heldout, args.heldout)
+        save_delta(args.out / "delta.safetensors", pair.student.delta(args.rank), args.rank)
     delta = args.out / "delta.safetensors" if args.command == "train" else args.delta
     if delta:
-        pair.student.load(*load_delta(delta))
+        pair.student.load(load_delta(delta))
         print(f"{delta}: {delta.stat().st_size / 2**20:.2f} MiB", flush=True)
     for name, documents in heldout.items():
-        found = evaluate(pair, documents, args.tokens, 4096 if name == "long" else 0)
+        found = evaluate(pair, documents, args.tokens, args.heldout, LONG if name == "long" else 0)
         print(name, json.dumps(found), flush=True)
         if args.command == "train":
             with (args.out / "shipped.jsonl").open("a") as file:
