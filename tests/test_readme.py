@@ -1,6 +1,7 @@
 """README is executed: its commands and examples run, its tree is the tree, its table lists the verbs, its links exist.
 
-A block that needs the network carries the comment `<!-- not run: reason -->`. The models that the others name are found
+A block that needs the network carries the comment `<!-- not run: reason -->`, one whose lines need each other `<!-- run
+together -->`. The models that the others name are found
 as folders of the same name in the current one, made here at debug size, so nothing is fetched.
 """
 
@@ -19,7 +20,7 @@ from gemwright.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^(<!-- not run: [^\n]+ -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)
+BLOCKS = re.findall(r"^(<!-- (?:not run: [^\n]+|run together) -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)
 
 
 def blocks(language: str) -> list[str]:
@@ -47,6 +48,11 @@ def run(command: list[str], folder: Path) -> str:
 @pytest.mark.parametrize("command", [line for text in blocks("sh") for line in text.splitlines()])
 def test_commands_run(command: str, folder: Path) -> None:
     assert run(["bash", "-euo", "pipefail", "-c", command], folder).strip()
+
+
+@pytest.mark.parametrize("script", [text for mark, _, text in BLOCKS if "run together" in mark])
+def test_scripts_run(script: str, folder: Path) -> None:
+    assert run(["bash", "-euo", "pipefail", "-c", script], folder).strip()
 
 
 @pytest.mark.parametrize("example", blocks("python"))
