@@ -172,6 +172,14 @@ class Steps:
         graph.replay()
         return hidden_XD
 
+    def record_ahead(self, rows: int, tokens: int) -> None:
+        """Record the pass of so many rows and tokens a row now, over nothing but padding."""
+        if tokens == 1:
+            self._reserve(rows)
+        (self._decode if tokens == 1 else self._prompt).fill(rows, ())
+        if (rows, tokens) not in self._graphs:
+            self._graphs[rows, tokens] = self.record(rows, tokens)
+
     def record(self, rows: int, tokens: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A pass of so many rows and tokens a row as a graph, with its hidden states. It runs once, over the inputs."""
         # on a stream of its own: kernels are compiled and workspaces allocated outside the graph

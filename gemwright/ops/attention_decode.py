@@ -101,9 +101,7 @@ def _join(part_out, part_top, part_sum, out, H: tl.constexpr, WIDE: tl.constexpr
     most = tl.max(top, 0)
     weight = tl.where(some, tl.exp(top - tl.where(most == -float("inf"), 0.0, most)), 0.0)
     place = (row * PARTS + part)[:, None] * H + h[None, :]
-    # what an empty part has left unwritten is read, lest this load wait for the sums, and dropped
-    mixed = tl.load(part_out + place, mask=(h < H)[None, :], other=0.0)
-    mixed = tl.where(some[:, None], mixed, 0.0)
+    mixed = tl.load(part_out + place, mask=some[:, None] & (h < H)[None, :], other=0.0)
     whole = tl.sum(total * weight, 0)
     made = tl.sum(mixed * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
     tl.store(out + row * H + h, made.to(out.dtype.element_ty), mask=h < H)

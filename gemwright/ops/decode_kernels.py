@@ -20,9 +20,10 @@ from torch import Tensor
 ROW_WARPS = 8
 LOGITS = 4096
 """Logits that one program caps."""
-TILE = {"ROWS": 2, "WIDTH": 1024, "STAGES": 3, "num_warps": 4}
-"""Rows and columns of the weight that a program of the one-row product reads at a time, and how many times ahead. With
-8 rows a program, 2304 rows are 2.2 programs for each of 132 processors, a third of which wait for the last."""
+TILE = {"ROWS": 2, "WIDTH": 512, "STAGES": 4, "num_warps": 2}
+"""Rows and columns of the weight that a program of the one-row product reads at a time, and how many times ahead: the
+best of six (bench/engine_gpu.py, H100). With 8 rows, 2304 are 2.2 programs for each of 132 processors, a third of which
+wait for the last."""
 
 
 @triton.jit
