@@ -4,8 +4,9 @@
 All answers are greedy and as long as asked. The client is `gemwright bench serve` (a closed load); each server runs in
 a process of its own, one at a time, rounds interleaved, numbers are medians over rounds.
 
-transformers' server runs with continuous batching; llama.cpp's is the program `llama-server`, which its Python package
-does not bring: where --llama-server is not given, it is left out.
+transformers' server runs with continuous batching over a cache of the size that is needed; llama.cpp's is the program
+`llama-server`, which its Python package does not bring, though its source archive has what to build it from: where
+--llama-server is not given, it is left out.
 
     python bench/serve.py --llama-server PATH [--update]
     python bench/serve.py --rounds 1 --new 8 --load 1 8 --peers     # a trial: the server and its engine alone
@@ -32,6 +33,7 @@ from typing import Any, Final
 import gguf
 import machine
 import peers
+import psutil
 import tyro
 from engine import bundled_folder
 from machine import Ceilings
@@ -43,7 +45,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 TEXT_GGUF: Final = "model-bf16-text.gguf"
 OURS: Final = "gemwright"
 ROWS: Final = 32
-PER_PLACE: Final = 4
+BLOCK: Final = 32
+"""Positions in a page of transformers' cache."""
+PER_PLACE: Final = 2
 """Requests for each one in flight."""
 ASKED: Final = {"engine": "0.9", "transformers": "1.5", "llama.cpp": "0.7"}
 """Least throughput of the server over another's at 8 and 32."""
@@ -98,16 +102,22 @@ def command(name: str, folder: Path, port: int, options: Options) -> list[str]:
         return [sys.executable, "-m", "gemwright", "serve", str(folder), "--port", str(port), "--rows", str(ROWS)]
     if name == "transformers":
         program = str(Path(sys.executable).with_name("transformers"))
+        pages = ROWS * -(-context(options) // BLOCK)  # without a bound it takes what memory there is
         return [
             program, "serve", str(folder), "--continuous-batching", "--device", "cpu", "--dtype", "bfloat16",
+            "--cb-block-size", str(BLOCK), "--cb-num-blocks", str(pages), "--cb-max-batch-tokens", "512",
             "--port", str(port),
         ]  # fmt: skip
     assert name == "llama.cpp" and options.llama_server is not None, name
-    context = ROWS * (4 * options.words + options.new)
     return [
         str(options.llama_server), "-m", str(folder / TEXT_GGUF), "--port", str(port), "-np", str(ROWS),
-        "-c", str(context), "-t", str(options.threads), "--no-webui",
+        "-c", str(ROWS * context(options)), "-t", str(options.threads), "--no-webui",
     ]  # fmt: skip
+
+
+def context(options: Options) -> int:
+    """Positions that one request needs at most."""
+    return 4 * options.words + options.new
 
 
 def fields(name: str, new: int) -> dict[str, Any]:
@@ -118,8 +128,8 @@ def fields(name: str, new: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(name: str, folder: Path, options: Options) -> Iterator[str]:
-    """A server in a process of its own, once it answers; its URL."""
+def serving(name: str, folder: Path, options: Options) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own, once it answers; its URL and process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -136,7 +146,7 @@ def serving(name: str, folder: Path, options: Options) -> Iterator[str]:
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", process.pid
     finally:
         process.terminate()
         process.wait()
@@ -144,15 +154,24 @@ def serving(name: str, folder: Path, options: Options) -> Iterator[str]:
 
 
 def over_http(name: str, folder: Path, load: int, options: Options) -> Result:
-    """A server under load."""
-    with serving(name, folder, options) as url:
+    """A server under load; `loop_cpu` and `client_cpu`: seconds of its first thread, and of this process."""
+    with serving(name, folder, options) as (url, pid):
         chosen: dict[str, Any] = {"url": url, "model": str(folder) if name == "transformers" else "tgi"}
         chosen |= {"words": (options.words,), "concurrency": load}
         warm = bench_serve.Options(requests=2, new=2, extra=json.dumps(fields(name, 2)), **chosen)
         asyncio.run(bench_serve.drive(warm))
         extra = json.dumps(fields(name, options.new))
         wanted = bench_serve.Options(requests=PER_PLACE * load, new=options.new, extra=extra, seed=1, **chosen)
-        return bench_serve.summary(asyncio.run(bench_serve.drive(wanted)))
+        before = first_thread(pid), time.process_time()
+        result = bench_serve.summary(asyncio.run(bench_serve.drive(wanted)))
+        spent = first_thread(pid) - before[0], time.process_time() - before[1]
+        return result | {"loop_cpu": spent[0], "client_cpu": spent[1]}
+
+
+def first_thread(pid: int) -> float:
+    """Seconds of processor time that a process's first thread has had: of our server, the event loop's."""
+    (found,) = [thread for thread in psutil.Process(pid).threads() if thread.id == pid]
+    return float(found.user_time + found.system_time)
 
 
 def engine_alone(folder: Path, load: int, words: int, new: int) -> Result:
@@ -219,14 +238,12 @@ def rate_table(runs: Runs) -> str:
 
 
 def cost_table(runs: Runs, options: Options) -> str:
-    """What HTTP, JSON and text add to the engine: to the first token of a request, and to each token after it."""
-    lines = ["| in flight | a request, ms | a token, ms |", "|---|---|---|"]
+    """What HTTP, JSON and text take beside the engine: processor time of the server's event loop, and of the client."""
+    lines = ["| in flight | server, ms a request | server, ms a token | client, ms a token |", "|---|---|---|---|"]
     for load in options.load:
-        costs = [
-            middle(runs, OURS, load, key) - middle(runs, "engine", load, key)
-            for key in ("first_token_ms p50", "between_tokens_ms p50")
-        ]
-        lines.append(f"| {load} | {costs[0]:+.2f} | {costs[1]:+.2f} |")
+        requests, tokens = PER_PLACE * load, PER_PLACE * load * options.new
+        server, client = (1e3 * middle(runs, OURS, load, key) for key in ("loop_cpu", "client_cpu"))
+        lines.append(f"| {load} | {server / requests:.1f} | {server / tokens:.2f} | {client / tokens:.2f} |")
     return "\n".join(lines)
 
 
@@ -272,7 +289,8 @@ def main(options: Options) -> None:
             f"{options.words} words, {options.new} new tokens, streamed, {PER_PLACE} requests for each in flight; "
             f"{options.rounds} interleaved rounds, medians. The client shares the cores with the server.",
             rate_table(runs),
-            "What the server adds to its engine:",
+            "What the server adds to its engine, and what the client takes of the same cores: processor time of the "
+            "server's event loop (HTTP, JSON, text) and of the load generator, over requests and new tokens:",
             cost_table(runs, options),
             "Throughput:",
             ratio_table(runs),

@@ -81,6 +81,24 @@ def test_a_form_that_cannot_be_is_refused_by_name(http: TestClient, body: dict[s
     assert found.status_code == 400 and found.json()["error"]["param"] == param, found.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, {"prompt": "a", "guided_choice": ["\ud800"]}, "guided_choice"),
+        (TEXT, {"prompt": "a", "guided_json": {"enum": ["\ud800"]}}, "guided_json"),
+        (TEXT, {"prompt": "\ud800"}, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ("/v1/responses", {"input": "a", "metadata": {"\ud800": "b"}}, "metadata"),
+        ("/generate", {"inputs": "a", "parameters": {"grammar": {"type": "regex", "value": "\ud800"}}}, None),
+    ],
+)
+def test_half_a_character_is_refused_by_name(http: TestClient, path: str, body: Any, param: str | None) -> None:
+    """JSON can spell a lone surrogate, which no UTF-8 has. In a key of metadata it came back as a status 500."""
+    found = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert found.status_code == 400, found.text
+    assert (found.json()["error"]["param"] or "").startswith(param or "parameters.grammar.value")
+
+
 def test_an_adapter_is_a_model_of_its_own(tmp_path: Path) -> None:
     lm, other = tiny(tmp_path / "model"), tiny(tmp_path / "other")
     other.model = load_model(other.folder, device=other.device, pack=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi.concurrency import run_in_threadpool
 
 from gemwright.engine.structured import Constraint, Grammars
-from gemwright.serve.errors import invalid
+from gemwright.serve.errors import ApiError, invalid
 from gemwright.serve.schema import Controls
 
 
@@ -33,4 +33,8 @@ async def compiled(grammars: Grammars, wanted: Constraint | None) -> None:
         try:
             await run_in_threadpool(grammars.compile, wanted)
         except ValueError as error:
-            raise invalid(error) from error
+            found = invalid(error)
+            if found.param is None:  # from a library below, which knows no field
+                said = f"{wanted.field}: {error}"
+                found = ApiError(400, said, param=wanted.field, code="invalid_value")
+            raise found from error

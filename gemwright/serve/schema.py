@@ -21,7 +21,9 @@ TOOLS: Final = 128
 
 TokenId = Annotated[int, Field(ge=0, le=ID_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 StopText = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 
 
