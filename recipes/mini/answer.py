@@ -102,6 +102,7 @@ def main() -> None:
         groups = batches([row for row in asked if row["split"] == split], args.cells)
         order = list(range(len(groups)))
         random.Random(1).shuffle(order)
+        order.sort(key=lambda number: len(groups[number][0]["turns"]))  # those of one turn first: they are quickest
         for number in order:
             out = args.data / "tokens" / f"{split}-chats-{number:03d}.bin"
             if out.exists():
