@@ -234,3 +234,19 @@ def test_many_lengths_and_batches_run() -> None:
         assert tokens(found[str(i), 0]) == plain(model, texts[i], params)
     assert engine._steps is not None
     assert len(engine._steps._graphs) <= len(captured.DECODE) + len(captured.PROMPT)
+
+
+@pytest.mark.gpu
+def test_passes_recorded_ahead_touch_no_page() -> None:
+    """Bug caught: recorded over the inputs of another number of rows, a pass took token ids for page numbers."""
+    _, other = on_gpu(layers=2)
+    cache = PagedCache(other, {GLOBAL: 9, LOCAL: 9})
+    steps = Steps(other, cache, context=256)
+    with torch.inference_mode():
+        steps.decode(chunks_of(prompts(1, 9, 9)[0], 0, [9], [[5, 0, 3]]))
+        before = [store[:-1].clone() for store in (*cache.k_PKsH, *cache.v_PKsH)]
+        for size in ((64, 1), (2, 1), (6, captured.ROW), (1, captured.ROW)):
+            steps.record_ahead(*size)
+            assert size in steps._graphs
+    for store, then in zip((*cache.k_PKsH, *cache.v_PKsH), before, strict=True):
+        assert torch.equal(store[:-1], then)
