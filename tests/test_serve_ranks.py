@@ -25,6 +25,7 @@ from gemwright.sampling import SamplingParams
 from gemwright.serve.ranks import received, sent
 
 CONTEXT = 512
+SHORTER = {"min_tokens": 100, "max_tokens": 100}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,7 +55,8 @@ def test_a_request_comes_through_json_as_it_was(request_: Request) -> None:
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "gemwright", "serve", str(folder), "--port", "0", "--device", "cpu", "--drain-seconds", "20"]
+    command += ["--shutdown-timeout", "90"]
+    command += ["-m", "gemwright", "serve", str(folder), "--port", "0", "--device", "cpu", "--drain-seconds", "80"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
@@ -97,7 +99,7 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
             assert sum(scored["token_logprobs"][1:]) == pytest.approx(truth, abs=1e-3)
 
             def follow() -> None:
-                with httpx2.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as answer:
+                with httpx2.stream("POST", f"{url}/v1/completions", json=long | SHORTER, timeout=90) as answer:
                     rest.extend(line for line in answer.iter_lines() if line)
 
             thread = threading.Thread(target=follow)
@@ -106,7 +108,7 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
                 assert thread.is_alive()
             process.send_signal(signal.SIGTERM)
             thread.join()
-        process.wait(40)
+        process.wait(90)
     finally:
         process.kill()
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
