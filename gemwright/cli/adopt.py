@@ -19,7 +19,7 @@ class Options:
 
     Linears, embedding and the norms in front of sub-layers carry over exactly; the new norms behind them get the gain
     that the source's outputs have on a calibration text. The result is a start, not yet a good model: the activation
-    and the new norms cost about 3 nats a token until it is healed by training (recipes/mini does that).
+    and the new norms cost about 2 nats a token until it is healed by training (recipes/mini does that).
 
     For example:
 
