@@ -14,13 +14,13 @@ from typing import Any
 import folder_fixtures
 import torch
 import transformers
+from folder_fixtures import WORDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemwright.cli import cache_teacher as cache_cli
 from gemwright.cli import distill as distill_cli
 
-WORDS = "The capital of France is Paris and of Italy Rome hello how are you fine thank".split()
 SHORT = (
     "--per_device_train_batch_size 2 --max_steps 6 --logging_steps 1 --learning_rate 3e-3 --adam_epsilon 1e-4 "
     "--dtype float32 --lr_scheduler_type constant --max_seq_length 40 --seed 3 --device cpu"
@@ -35,17 +35,14 @@ def folders(here: Path) -> tuple[Path, Path]:
 
 
 def rows(path: Path, count: int = 14) -> Path:
-    """Conversations, completions by another name: each row different, one or two answers."""
-    made = []
-    for i in range(count):
-        turns = [
-            {"role": role, "content": " ".join(WORDS[(i + k + j) % len(WORDS)] for j in range(2 + i % 4))}
-            for k in range(1 + i % 2)
-            for role in ("user", "assistant")
-        ]
-        made.append(json.dumps({"messages": turns}))
-    path.write_text("\n".join(made))
-    return path
+    """Conversations enough for every test of distillation."""
+    return folder_fixtures.chats(path, count)
+
+
+def on_a_rank(data: str, out: str, flags: str) -> None:
+    """`distill` as one of several processes; AssertionError where it does not end well."""
+    torch.set_num_threads(1)
+    assert distill(Path(data), Path(out), flags) == 0
 
 
 def texts(path: Path, count: int = 14) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
 from gemwright.tokenizer import Tokenizer
 
+WORDS = "The capital of France is Paris and of Italy Rome hello how are you fine thank".split()
 GENERATION: dict[str, Any] = {"eos_token_id": [1, 107]}
 
 
@@ -39,3 +41,17 @@ def gemma2(
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     write(folder, weights(config, dtype), config=config.to_hf(), generation_config=generation, copy_from=tokens)
     return config
+
+
+def chats(path: Path, count: int = 12) -> Path:
+    """Conversations of one or two turns, each row different."""
+    rows = []
+    for i in range(count):
+        turns = [
+            {"role": role, "content": " ".join(WORDS[(i + k + j) % len(WORDS)] for j in range(2 + i % 4))}
+            for k in range(1 + i % 2)
+            for role in ("user", "assistant")
+        ]
+        rows.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(rows))
+    return path

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,3 +120,19 @@ class FakeEngine:
             if last:
                 del self.running[ident]
         return events
+
+
+def launch(launcher: Sequence[str], folder: Path, *options: str) -> tuple[subprocess.Popen[str], str, str]:
+    """`gemwright serve` behind a launcher, in processes of its own, once it is ready; its URL, and what it said."""
+    command = [sys.executable, *launcher, "-m", "gemwright", "serve", str(folder), "--port", "0", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    told = ""
+    for line in process.stderr:
+        told += line
+        if line.startswith("Ready"):
+            break
+    found = re.search(r"API: http://localhost:(\d+)/v1", told)
+    assert found, told
+    return process, f"http://127.0.0.1:{found[1]}", told

@@ -10,7 +10,7 @@ from typing import Any
 import distill_fixtures as fixtures
 import pytest
 import torch
-from distill_fixtures import cache, dense, distill, folders, rows, theirs
+from distill_fixtures import cache, dense, distill, folders, on_a_rank, rows, theirs
 from test_trainer import losses, same_bits, weights
 from torch.nn import functional as F
 from train_fixtures import together
@@ -141,11 +141,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, pair: tuple[Path
         distill(data, tmp_path / "parts", line.replace(where, f"--teacher {other}") + " --resume")
 
 
-def _two(data: str, out: str, flags: str) -> None:
-    torch.set_num_threads(1)
-    assert distill(Path(data), Path(out), flags) == 0
-
-
 def test_two_ranks_are_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """FSDP2 over the student; the teacher on every rank, or its cache. fp32, within rounding."""
     student, teacher = pair
@@ -158,7 +153,7 @@ def test_two_ranks_are_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     for name, flags in jobs.items():
         distill(data, tmp_path / f"one-{name}", f"--model_name {student} {flags} --per_device_train_batch_size 4")
     for name, flags in jobs.items():
-        together(_two, str(data), str(tmp_path / f"two-{name}"), f"--model_name {student} {flags}")
+        together(on_a_rank, str(data), str(tmp_path / f"two-{name}"), f"--model_name {student} {flags}")
         torch.testing.assert_close(
             losses(tmp_path / f"two-{name}"), losses(tmp_path / f"one-{name}"), rtol=1e-5, atol=1e-5
         )

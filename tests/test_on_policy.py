@@ -12,7 +12,7 @@ import distill_fixtures as fixtures
 import folder_fixtures
 import pytest
 import torch
-from distill_fixtures import dense, distill, folders, rows, theirs
+from distill_fixtures import dense, distill, folders, on_a_rank, rows, theirs
 from test_trainer import losses, same_bits
 from train_fixtures import together
 
@@ -146,11 +146,6 @@ def test_a_resumed_run_generates_the_same(tmp_path: Path, pair: tuple[Path, Path
     assert any(answered) and (flags or not all(answered)), answered
 
 
-def _run(data: str, out: str, flags: str) -> None:
-    torch.set_num_threads(1)
-    distill(Path(data), Path(out), flags)
-
-
 def test_each_rank_answers_its_own_prompts(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Two ranks over a sharded student: the loss is that of both ranks' answers, over their global count."""
     student, teacher = pair
@@ -165,7 +160,7 @@ def test_each_rank_answers_its_own_prompts(tmp_path: Path, pair: tuple[Path, Pat
     names = {"full": "", "lora": "--use_peft --lora_r 4"}
     for name, flags in names.items():
         # processes of its own for each run: who meets again at the same port may find the store of the run before
-        together(_run, str(data), str(tmp_path / name), f"{line} {flags}")
+        together(on_a_rank, str(data), str(tmp_path / name), f"{line} {flags}")
         torch.testing.assert_close(losses(tmp_path / name), expected, rtol=1e-4, atol=0)
 
 
@@ -192,7 +187,7 @@ def test_prompts_that_fill_the_context_are_counted(tmp_path: Path, pair: tuple[P
     assert 0 < sum(line["prompts_left_out"] for line in notes) < 14
     assert sum(line["answers"] + line["prompts_left_out"] for line in notes) == 14
     only = tmp_path / "only.jsonl"
-    only.write_text("\n".join(json.dumps({"text": " ".join(fixtures.WORDS * 3)}) for _ in range(4)))
+    only.write_text("\n".join(json.dumps({"text": " ".join(folder_fixtures.WORDS * 3)}) for _ in range(4)))
     with pytest.raises(Diverged, match="no target in any batch"):
         distill(only, tmp_path / "none", line)
 

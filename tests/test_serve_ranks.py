@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import folder_fixtures
 import httpx2
 import pytest
+from serve_fixtures import launch
 
 from gemwright.cli.serve import Options, loader, run
 from gemwright.engine.request import Request
@@ -54,20 +52,8 @@ def test_a_request_comes_through_json_as_it_was(request_: Request) -> None:
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--shutdown-timeout", "90"]
-    command += ["-m", "gemwright", "serve", str(folder), "--port", "0", "--device", "cpu", "--drain-seconds", "80"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    told = ""
-    for line in process.stderr:
-        told += line
-        if line.startswith("Ready"):
-            break
-    found = re.search(r"API: http://localhost:(\d+)/v1", told)
-    assert found, told
-    return process, f"http://127.0.0.1:{found[1]}"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "90")
+    return launch(torchrun, folder, "--device", "cpu", "--drain-seconds", "80")[:2]
 
 
 def test_two_ranks_answer_as_one(tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +15,7 @@ import folder_fixtures
 import httpx2
 import pytest
 from fastapi import FastAPI
-from serve_fixtures import application, listening
+from serve_fixtures import application, launch, listening
 
 from gemwright.lm import LM
 
@@ -142,19 +139,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     """The command in a process of its own, once it is ready; and its URL."""
-    command = [sys.executable, "-m", "gemwright", "serve", str(folder), "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    told = ""
-    for line in process.stderr:
-        told += line
-        if line.startswith("Ready"):
-            break
+    process, url, told = launch((), folder, *options)
     assert "no API keys" in told and "model 'tiny'" in told
-    found = re.search(r"API: http://localhost:(\d+)/v1", told)
-    assert found, told
-    return process, f"http://127.0.0.1:{found[1]}"
+    return process, url
 
 
 def test_the_first_sigterm_drains(folder: Path) -> None:

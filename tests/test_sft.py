@@ -18,6 +18,7 @@ import torch
 import train_fixtures as fixtures
 import transformers
 import yaml
+from folder_fixtures import WORDS, chats
 from safetensors.torch import load_file
 from test_trainer import last_step, losses, plain_loss, same_bits, weights
 
@@ -38,7 +39,6 @@ from gemwright.train.state import STATE
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "The capital of France is Paris and of Italy Rome hello how are you fine thank".split()
 RELEASE = (
     '--dataset_text_field="text" --per_device_train_batch_size 1 --per_device_eval_batch_size 1 '
     "--gradient_accumulation_steps 4 --learning_rate 2e-4 --report_to none --bf16 --max_seq_length 1024 --lora_r 16 "
@@ -46,20 +46,6 @@ RELEASE = (
     '--attn_implementation "eager" --logging_steps=10 --gradient_checkpointing'
 )
 """The command line of Gemma 2's release post, without model, data and output."""
-
-
-def chats(path: Path, count: int = 12) -> Path:
-    """Conversations of one or two turns, each row different."""
-    rows = []
-    for i in range(count):
-        turns = [
-            {"role": role, "content": " ".join(WORDS[(i + k + j) % len(WORDS)] for j in range(2 + i % 4))}
-            for k in range(1 + i % 2)
-            for role in ("user", "assistant")
-        ]
-        rows.append(json.dumps({"messages": turns}))
-    path.write_text("\n".join(rows))
-    return path
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemwright.ops.decode_kernels import tanh
+from gemwright.ops.native import check_paged
 
 MOST_PARTS = 32
 
@@ -164,12 +165,9 @@ def paged_attention(
         launch: another plan than `plan` makes.
     """
     B, T, N, H = q_BTNH.shape
-    P, K, s, _ = k_PKsH.shape
+    K, s = k_PKsH.shape[1:3]
     n = table_Bn.shape[1]
-    assert k_PKsH.shape == v_PKsH.shape == (P, K, s, H) and N % K == 0, (q_BTNH.shape, k_PKsH.shape, v_PKsH.shape)
-    assert table_Bn.shape == (B, n) and first_B.shape == (B,) and q_pos_BT.shape == (B, T), (B, T, table_Bn.shape)
-    for index in (table_Bn, first_B, q_pos_BT):
-        assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
+    check_paged(q_BTNH, k_PKsH, v_PKsH, table_Bn, first_B, q_pos_BT)
     q_BTNH = q_BTNH.contiguous()
     assert q_BTNH.dtype == k_PKsH.dtype == v_PKsH.dtype and k_PKsH.is_contiguous() and v_PKsH.is_contiguous()
     out_BTNH = torch.empty_like(q_BTNH)

@@ -278,6 +278,19 @@ def nf4(packed_P: Tensor, levels: Tensor, scales_b: Tensor, dtype: torch.dtype) 
     return weight_n
 
 
+def check_paged(
+    q_BTNH: Tensor, k_PKsH: Tensor, v_PKsH: Tensor, table_Bn: Tensor, first_B: Tensor, q_pos_BT: Tensor
+) -> None:
+    """Assert that what an attention over pages is given fits together, on whatever device."""
+    B, T, N, H = q_BTNH.shape
+    P, K, s, _ = k_PKsH.shape
+    n = table_Bn.shape[1]
+    assert k_PKsH.shape == v_PKsH.shape == (P, K, s, H) and N % K == 0, (q_BTNH.shape, k_PKsH.shape, v_PKsH.shape)
+    assert table_Bn.shape == (B, n) and first_B.shape == (B,) and q_pos_BT.shape == (B, T), (B, T, table_Bn.shape)
+    for index in (table_Bn, first_B, q_pos_BT):
+        assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
+
+
 def paged_attention(
     q_BTNH: Tensor,
     k_PKsH: Tensor,
@@ -303,11 +316,8 @@ def paged_attention(
     """
     B, T, N, H = q_BTNH.shape
     P, K, s, _ = k_PKsH.shape
-    assert k_PKsH.shape == v_PKsH.shape == (P, K, s, H) and N % K == 0, (q_BTNH.shape, k_PKsH.shape, v_PKsH.shape)
     n = table_Bn.shape[1]
-    assert table_Bn.shape == (B, n) and first_B.shape == (B,) and q_pos_BT.shape == (B, T), (B, T, table_Bn.shape)
-    for index in (table_Bn, first_B, q_pos_BT):
-        assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
+    check_paged(q_BTNH, k_PKsH, v_PKsH, table_Bn, first_B, q_pos_BT)
     assert (window is None or window > 0) and (cap is None or cap > 0), (window, cap)
     q_BTNH = q_BTNH.contiguous()
     bf16 = _check(q_BTNH, k_PKsH, v_PKsH)
