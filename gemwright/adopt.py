@@ -155,7 +155,7 @@ class Llama:
         source: its tensors.
         config: the adopted configuration, which has the same shapes.
         dtype, device: of the weights, and so of the computation.
-        attend: the attention to use; it is called without a cap.
+        attend: the attention to use where a cache has none of its own; it is called without a cap.
     """
 
     def __init__(
@@ -197,13 +197,14 @@ class Llama:
         c = self.config
         see = Visibility(pos_BT, pos_BT if cache is None else cache.advance(pos_BT)[1], doc_BT, doc_BT)
         tables = rope_tables(pos_BT, c.head_dim, c.rope_theta)
+        attend = (cache.attend if cache is not None else None) or self.attend
         x = F.embedding(tokens_BT, self.head)
         for i in range(c.num_hidden_layers):
             w = self.weights_of_layer[i]
             a_in, q, k, v = self._before(x, w, tables, c.head_dim, c.rms_norm_eps)
             if cache is not None:
                 k, v = cache.write(i, k, v)
-            mixed = self.attend(q, k, v, see, scale=c.scale, cap=None).flatten(2)
+            mixed = attend(q, k, v, see, scale=c.scale, cap=None).flatten(2)
             x, a_out, f_in, f_out = self._after(x, mixed, w, c.rms_norm_eps)
             yield LlamaLayer(a_in, mixed, a_out, f_in, f_out)
         yield llama_norm(x, self.weights["model.norm.weight"], c.rms_norm_eps)

@@ -55,7 +55,7 @@ class PagedCache:
         config, table = model.config, model.model.embed_tokens.weight
         self.kinds = kinds(config)
         self.device = table.device
-        self.in_place = _reads_in_place(self.device, table.dtype)
+        self.in_place = reads_in_place(self.device, table.dtype)
         self.trash = pages
         shape = (kv_heads(model), PAGE, config.head_dim)
         self.k_PKsH, self.v_PKsH = (
@@ -67,7 +67,8 @@ class PagedCache:
         return self.in_place and tokens <= SHORT
 
 
-def _reads_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+def reads_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel reads pages where they lie."""
     if dtype not in (torch.bfloat16, torch.float32):
         return False
     return native.library() is not None if device.type == "cpu" else device.type == "cuda" and gpu.available()

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import queue
 import random
 import sys
@@ -93,11 +92,11 @@ class Pair:
             theirs_TD = self.llama(*row.teacher)[0][row.partner_T]
         return self.model(*row.student)[0], theirs_TD
 
-    def kl(self, row: Row, weight_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of weight * KL(teacher || student), sum of weights, and the student's hidden states."""
+    def kl(self, row: Row) -> Tensor:
+        """Mean KL(teacher || student) over the tokens where both predict the same."""
         ours_TD, theirs_TD = self.hidden(row)
-        total, count = divergence("forward_kl", ours_TD, self.head, theirs_TD, Head(self.llama.head, None), weight_T)
-        return total, count, ours_TD
+        sides = ours_TD[row.taken_X], self.head, theirs_TD[row.taken_X], Head(self.llama.head, None)
+        return divergence("forward_kl", *sides)[0] / len(row.taken_X)
 
 
 def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
@@ -180,7 +179,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         parameters = list(pair.student.trained.values())
         self.optimizer = torch.optim.AdamW(
-            pair.student.groups(), lr=args.rate, betas=BETAS, weight_decay=0.0, fused=pair.device.type == "cuda"
+            pair.student.groups(), lr=args.rate, betas=BETAS, weight_decay=0.0, fused=True
         )
         self.step, self.tokens, self.elapsed, self.rounds = 0, 0, 0.0, 0
         print(f"{sum(p.numel() for p in parameters):,} trained numbers", flush=True)
@@ -199,16 +198,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.rate * group["speed"] * rate(progress, self.step)
         student.write()
-        total, count, _ = self.pair.kl(row, row.weight_T)
-        (total / count).backward()  # type: ignore[no-untyped-call]
+        kl = self.pair.kl(row)
+        kl.backward()  # type: ignore[no-untyped-call]
         student.collect()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not math.isfinite(float(norm)):  # waits for the device, once a step
-            norm = norm * 0
-        else:
-            self.optimizer.step()
+        # a step that is not finite is not taken; the optimizer reads this on the device
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return (total / count).detach(), norm
+        return kl.detach(), norm
 
     def train(self, heldout: dict[str, list[Tokens]]) -> None:
         """Until the time is over."""
@@ -255,14 +253,11 @@ class Run:
         """Compile everything: one step whose gradients are thrown away."""
         start = time.monotonic()
         self.pair.student.write()
-        total, count, _ = self.pair.kl(row, row.weight_T)
-        (total / count).backward()  # type: ignore[no-untyped-call]
+        kl = self.pair.kl(row)
+        kl.backward()  # type: ignore[no-untyped-call]
         self.pair.student.collect()
         self.optimizer.zero_grad(set_to_none=True)
-        print(
-            f"compiled and ran one step in {time.monotonic() - start:.1f} s, KL {float((total / count).detach()):.3f}",
-            flush=True,
-        )
+        print(f"compiled and ran one step in {time.monotonic() - start:.1f} s, KL {float(kl.detach()):.3f}", flush=True)
 
     def measure(self, heldout: dict[str, list[Tokens]], limit: int) -> None:
         """Held-out numbers of the weights as they are, to the log."""

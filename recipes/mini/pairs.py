@@ -97,9 +97,9 @@ class Row:
     student: tuple[Tensor, Tensor, Tensor]
     teacher: tuple[Tensor, Tensor, Tensor]
     partner_T: Tensor
-    """Index in the teacher's row of the token that predicts the same; 0 where the weight is 0."""
-    weight_T: Tensor
-    """1 where a loss is taken."""
+    """Index in the teacher's row of the token that predicts the same; 0 where there is none."""
+    taken_X: Tensor
+    """Indices of the student's tokens where a loss is taken: known here, so that a GPU is not waited for."""
     answer_T: Tensor
     """1 where it lies in an answer, or in prose."""
     target_T: Tensor
@@ -112,7 +112,7 @@ class Row:
             return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
         sides = (tuple(move(x) for x in side) for side in (self.student, self.teacher))
-        flat = (move(x) for x in (self.partner_T, self.weight_T, self.answer_T, self.target_T))
+        flat = (move(x) for x in (self.partner_T, self.taken_X, self.answer_T, self.target_T))
         return Row(*sides, *flat)  # type: ignore[arg-type]
 
 
@@ -152,8 +152,8 @@ def _pack(held: list[Pair], length: int) -> Row:
         flat[3, part.start : part.stop - 1] = pair.student[1:]
         starts = [starts[0] + len(pair.student), starts[1] + len(pair.teacher)]
     student, teacher = (tuple(torch.from_numpy(x)[None] for x in side) for side in sides)
-    partner_T, weight_T, answer_T, target_T = torch.from_numpy(flat)
-    return Row(student, teacher, partner_T, weight_T.float(), answer_T.float(), target_T)  # type: ignore[arg-type]
+    partner_T, taken_T, answer_T, target_T = torch.from_numpy(flat)
+    return Row(student, teacher, partner_T, taken_T.nonzero()[:, 0], answer_T.float(), target_T)  # type: ignore[arg-type]
 
 
 def pieces(folder: Path, split: str, turns: Turns, lengths: Sequence[tuple[int, float]], seed: int) -> list[Tokens]:

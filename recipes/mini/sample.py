@@ -2,7 +2,10 @@
 
 A draw is the largest of logits / temperature plus Gumbel noise, which is a sample of their softmax in one pass.
 
-Legend: B rows, T new positions, D model, V vocabulary.
+Where the engine's attention over pages runs, a row's keys are one page of it, and nothing in a step waits for the
+device; elsewhere they are in a `KVCache`.
+
+Legend: B rows, T new positions, S positions of a row, K key/value heads, H head dim, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +19,49 @@ from torch import Tensor
 
 from gemwright.cache import KVCache
 from gemwright.config import ModelConfig
+from gemwright.engine.paged import paged_attention, reads_in_place
 from gemwright.generate import pad
-from gemwright.ops.attention import PADDING
+from gemwright.ops.attention import PADDING, Visibility
 
 Read = Callable[..., Tensor]
 """hidden states of (tokens, positions, cache=...)"""
 END = 2
+STEP = 256
+"""Lengths of a row's page are multiples of it: each other length is compiled anew."""
+
+
+class Rows:
+    """Keys and values of B sequences of up to S positions, each in a page of its own: a `Cache`."""
+
+    def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        K, H = config.num_key_value_heads, config.head_dim
+        S = (length // STEP + 1) * STEP  # one more at least, for padding
+        self.stores = [
+            torch.zeros(2, rows, K, S, H, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.row_B = torch.arange(rows, device=device)
+        self.table_B1, self.first_B = self.row_B.int()[:, None], torch.zeros_like(self.row_B, dtype=torch.int32)
+        self.pos_BT = self.row_B[:, None]
+        self.paged = paged_attention(device.type == "cuda")
+        self.attend = self._attend
+
+    def advance(self, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of a pass; whoever sees whom follows from them alone."""
+        self.pos_BT = pos_BT
+        return pos_BT, pos_BT
+
+    def write(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values; padding goes to the last place, which no sequence reaches."""
+        keys, values = self.stores[layer]
+        for store_BKSH, new_BTKH in ((keys, k_BTKH), (values, v_BTKH)):
+            store_BKSH[self.row_B[:, None], :, self.pos_BT] = new_BTKH.to(store_BKSH.dtype)
+        return keys, values
+
+    def _attend(
+        self, q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, see: Visibility, *, scale: float, cap: float | None
+    ) -> Tensor:
+        pages = self.table_B1, self.first_B, self.pos_BT.int()
+        return self.paged(q_BTNH, k_BKSH, v_BKSH, *pages, window=see.window, scale=scale, cap=cap)
 
 
 @torch.no_grad()
@@ -41,7 +81,12 @@ def sample(
     Rows that were stopped so come back without their end token, as those that met the limit do.
     """
     device, longest = generator.device, max(map(len, prompts))
-    cache = KVCache(config, len(prompts), longest + new_tokens, chunk=longest, dtype=dtype, device=device)
+    size = len(prompts), longest + new_tokens
+    cache = (
+        Rows(config, *size, dtype, device)
+        if reads_in_place(device, dtype)
+        else KVCache(config, *size, chunk=longest, dtype=dtype, device=device)
+    )
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     heat_B1 = torch.tensor(temperatures, device=device)[:, None]
     hidden_BTD = read(*pad(prompts, 0, longest, device), cache=cache)

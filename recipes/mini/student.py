@@ -8,12 +8,13 @@ whatever the parametrisation, and the model runs at the speed of plain linears.
 Every number is stored relative to its usual size (a post-norm's gain may be 500, a factor's entry 0.01), so one rate
 fits all of a kind (SPEEDS).
 
-Legend: O out, I in, r rank, D model, B rows, T tokens.
+Legend: L layers, O out, I in, r rank, D model, B rows, T tokens.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def adopted(source: Loaded, llama: Llama, calibration_BT: Tensor) -> dict[str, T
 
 
 class Student:
-    """A model and its trained numbers.
+    """A model and its trained numbers, which stand in one tensor for all layers of a kind.
 
     Args:
         model: bf16 or fp32, on its device; its weights are written here.
@@ -58,28 +59,48 @@ class Student:
     """
 
     def __init__(self, model: Gemma2, weights: dict[str, Tensor], rank: int | None) -> None:
-        self.model, self.base, self.rank = model, weights, rank
-        self.leaves = {n: p for n, p in model.named_parameters() if n != "lm_head.weight" and "embed_tokens" not in n}
+        self.model, self.rank = model, rank
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(weights["model.embed_tokens.weight"])
         model.model.embed_tokens.weight.requires_grad_(False)
+        self.kinds: dict[str, list[str]] = {}
+        for name, _ in model.named_parameters():
+            if name != "lm_head.weight" and "embed_tokens" not in name:
+                self.kinds.setdefault(re.sub(r"layers\.\d+\.", "", name), []).append(name)
+        self.base = {kind: torch.stack([weights[name] for name in names]) for kind, names in self.kinds.items()}
+        self.written: dict[str, Tensor] = {}
+        self.leaves: dict[str, list[nn.Parameter]] = {}
         self.sizes: dict[str, Tensor] = {}
         self.trained: dict[str, nn.Parameter] = {}
-        for name in self.leaves:
-            self._prepare(name)
+        for kind in self.kinds:
+            self._share(kind)
+            self._prepare(kind)
         self.made: dict[str, Tensor] = {}
 
-    def _prepare(self, name: str) -> None:
-        weight, stem = self.base[name], name.removesuffix(".weight")
-        if weight.dim() == 1:
-            gain_D = 1 + weight
-            self._train(name, gain_D / gain_D.abs().mean(), gain_D.abs().mean())
-        elif self.rank is None:
-            self._train(f"{stem}.update", torch.zeros_like(weight), weight.square().mean().sqrt())
+    def _share(self, kind: str) -> None:
+        """Lay a kind's weights side by side: one copy writes all of them."""
+        self.written[kind] = torch.empty_like(self.base[kind], dtype=self.model.lm_head.weight.dtype)
+        self.leaves[kind] = []
+        for name, weight in zip(self.kinds[kind], self.written[kind], strict=True):
+            parent, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(weight)
+            setattr(self.model.get_submodule(parent), leaf, parameter)
+            self.leaves[kind].append(parameter)
+
+    def _prepare(self, kind: str) -> None:
+        base, stem = self.base[kind], kind.removesuffix(".weight")
+        if base.dim() == 2:
+            gain_LD = 1 + base
+            size_L1 = gain_LD.abs().mean(-1, keepdim=True)
+            self._train(kind, gain_LD / size_L1, size_L1)
+            return
+        L, O, I = base.shape  # noqa: E741
+        if self.rank is None:
+            self._train(f"{stem}.update", torch.zeros_like(base), base.square().mean((1, 2), keepdim=True).sqrt())
         else:
-            low_rI = torch.randn(self.rank, weight.shape[1], device=weight.device)
-            self._train(f"{stem}.lora_A", low_rI, weight.new_tensor(1 / math.sqrt(weight.shape[1])))
-            self._train(f"{stem}.lora_B", weight.new_zeros(weight.shape[0], self.rank), weight.new_tensor(1.0))
+            low_LrI = torch.randn(L, self.rank, I, device=base.device)
+            self._train(f"{stem}.lora_A", low_LrI, base.new_tensor(1 / math.sqrt(I)))
+            self._train(f"{stem}.lora_B", base.new_zeros(L, O, self.rank), base.new_tensor(1.0))
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone()), size
@@ -87,31 +108,32 @@ class Student:
     def _value(self, name: str) -> Tensor:
         return self.trained[name] * self.sizes[name]
 
-    def _update(self, name: str) -> Tensor:
-        """A linear's update, fp32, differentiable."""
-        stem = name.removesuffix(".weight")
+    def _update(self, kind: str) -> Tensor:
+        """The updates of a kind of linears [L, O, I], fp32, differentiable."""
+        stem = kind.removesuffix(".weight")
         if self.rank is None:
             return self._value(f"{stem}.update")
         return self._value(f"{stem}.lora_B") @ self._value(f"{stem}.lora_A")
 
-    def _weight(self, name: str) -> Tensor:
-        return self._value(name) - 1 if name in self.trained else self.base[name] + self._update(name)
+    def _weight(self, kind: str) -> Tensor:
+        return self._value(kind) - 1 if kind in self.trained else self.base[kind] + self._update(kind)
 
     def write(self) -> None:
         """Make the model's weights from the trained numbers."""
-        self.made = {name: self._weight(name) for name in self.leaves}
+        self.made = {kind: self._weight(kind) for kind in self.kinds}
         with torch.no_grad():
-            for name, leaf in self.leaves.items():
-                leaf.copy_(self.made[name])
-                leaf.grad = None
+            for kind, made in self.made.items():
+                self.written[kind].copy_(made)
+                for leaf in self.leaves[kind]:
+                    leaf.grad = None
 
     def collect(self) -> None:
         """Carry the gradients of the model's weights back to the trained numbers."""
         made, grads = [], []
-        for name, leaf in self.leaves.items():
-            assert leaf.grad is not None, name
-            made.append(self.made[name])
-            grads.append(leaf.grad.float())
+        for kind, leaves in self.leaves.items():
+            assert all(leaf.grad is not None for leaf in leaves), kind
+            made.append(self.made[kind])
+            grads.append(torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None]).float())
         torch.autograd.backward(made, grads)
         self.made = {}
 
@@ -126,23 +148,25 @@ class Student:
     def delta(self, rank: int) -> dict[str, Tensor]:
         """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in int8."""
         state: dict[str, Tensor] = {}
-        for name, leaf in self.leaves.items():
-            if leaf.dim() == 1:
-                state[name] = self._weight(name)
-            else:
-                found = compress(self._update(name), rank)
+        for kind, names in self.kinds.items():
+            if self.base[kind].dim() == 2:
+                state |= dict(zip(names, self._weight(kind), strict=True))
+                continue
+            for name, update in zip(names, self._update(kind), strict=True):
+                found = compress(update, rank)
                 state |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in found.items()}
         return {name: value.cpu().contiguous() for name, value in state.items()}
 
     @torch.no_grad()
     def load(self, delta: Mapping[str, Tensor]) -> None:
         """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
-        for name, leaf in self.leaves.items():
-            if name in delta:
-                leaf.copy_(delta[name])
-            else:
-                parts = {part: delta[f"{name.removesuffix('.weight')}.{part}"].to(leaf.device) for part in PARTS}
-                leaf.copy_(healed(self.base[name], parts))
+        for kind, names in self.kinds.items():
+            for name, base, leaf in zip(names, self.base[kind], self.leaves[kind], strict=True):
+                if name in delta:
+                    leaf.copy_(delta[name])
+                else:
+                    parts = {part: delta[f"{name.removesuffix('.weight')}.{part}"].to(leaf.device) for part in PARTS}
+                    leaf.copy_(healed(base, parts))
 
 
 def save_delta(path: Path, delta: dict[str, Tensor], rank: int) -> None:
