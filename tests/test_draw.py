@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from gemwright.ops import native
 from gemwright.ops.draw import derived, draw, draw_row, gumbel, largest, likeliest, unpack
 
 ROWS = torch.tensor([[3], [-7], [2**63 - 1]])
@@ -70,15 +71,33 @@ def test_likeliest_and_largest_are_those_of_a_sort(V: int) -> None:
         assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@pytest.mark.parametrize("room", [None, 8, 100], ids=["torch", "native", "native without room"])
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
 @pytest.mark.parametrize("V", [64, 65, 1000, 16384])
-def test_a_row_is_drawn_from_as_by_the_definition(V: int, spread: float) -> None:
+def test_a_row_is_drawn_from_as_by_the_definition(
+    V: int, spread: float, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Flat rows, where noise alone decides, and peaked ones, where almost none of it is looked at."""
+    if room is None:
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("needs the native kernels")
+    monkeypatch.setattr("gemwright.ops.draw.ROOM", room)
     scaled = torch.randn(24, V) * spread
     seeds, positions = torch.arange(24)[:, None], torch.arange(24)[:, None] * 3
     want = draw(scaled, torch.arange(V).expand(24, V), seeds, positions)
     assert torch.equal(draw_row(scaled, seeds, positions), want)
     assert spread == 30.0 or len(set(want.tolist())) > 12
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the native kernels")
+def test_noise_that_may_win_is_found_by_the_kernel() -> None:
+    keys, least = torch.tensor([5, -(2**63), 2**63 - 1]), torch.tensor([0, 2**51, 2**52])
+    ids, counts = native.noisy_ids(keys, least, 1300, room=700)
+    for key, bits, row, count in zip(keys, least, ids, counts.tolist(), strict=True):
+        want = [v for v in range(1300) if splitmix((int(key) + v) % 2**64) >> 12 >= int(bits)]
+        assert count == len(want)
+        assert row.tolist()[: min(count, 700)] == want[:700]
 
 
 def test_a_row_with_few_finite_values_is_drawn_from() -> None:

@@ -15,9 +15,14 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gemwright.ops import native
 
 HEAD: Final = 64
 """Largest values whose noise is looked at before that of the whole row."""
+ROOM: Final = 8
+"""The share of all ids that may have noise enough to win, for a kernel to collect them (a flat row has one in HEAD)."""
 
 
 def likeliest(values_XV: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ def draw_row(scaled_XV: Tensor, seed_X1: Tensor, position_X1: Tensor) -> Tensor:
     """`draw` from whole rows, the id being the column. On a CPU the same ids at an eighth of the time."""
     X, V = scaled_XV.shape
     ids_V = torch.arange(V, device=scaled_XV.device)
-    if scaled_XV.is_cuda or V <= HEAD:
+    if scaled_XV.device.type != "cpu" or V <= HEAD:
         return draw(scaled_XV, ids_V.expand(X, V), seed_X1, position_X1)
     head_XC, ids_XC = largest(scaled_XV, HEAD)
     best_X1 = (head_XC.double() + gumbel(seed_X1, position_X1, ids_XC)).amax(-1, keepdim=True)
@@ -66,13 +71,23 @@ def draw_row(scaled_XV: Tensor, seed_X1: Tensor, position_X1: Tensor) -> Tensor:
     # noise grows with its bits, and the slack covers rounding
     noise_X1 = best_X1 - head_XC[:, -1:] - 1e-6
     least_X1 = ((-(-noise_X1).exp()).exp() * 2.0**52).long() - 2
-    tokens = []
-    for scaled_V, head_C, key_1, least_1 in zip(scaled_XV, ids_XC, _key(seed_X1, position_X1), least_X1, strict=True):
-        # in parts that stay in the cache
-        able = [ids[_bits(key_1, ids) >= least_1] for ids in ids_V.chunk(-(-V // 2**15))]
-        ids_C = torch.cat([head_C, *able])
-        tokens.append(ids_C[(scaled_V[ids_C].double() + _noise(_bits(key_1, ids_C))).argmax()])
-    return torch.stack(tokens)
+    able_XC = _able(_key(seed_X1, position_X1)[:, 0], least_X1[:, 0], V)
+    ids_XC = torch.cat([ids_XC, torch.where(able_XC < 0, ids_XC[:, :1], able_XC)], dim=1)
+    return draw(scaled_XV.gather(1, ids_XC), ids_XC, seed_X1, position_X1)
+
+
+def _able(key_X: Tensor, least_X: Tensor, vocab: int) -> Tensor:
+    """The ids [X, C] below `vocab` whose noise has at least that many bits; -1 fills up a row with fewer."""
+    if native.library() is not None:
+        ids_XC, counts_X = native.noisy_ids(key_X, least_X, vocab, vocab // ROOM)
+        most = int(counts_X.max())
+        if most <= vocab // ROOM:
+            return ids_XC[:, :most].masked_fill(torch.arange(most) >= counts_X[:, None], -1)
+    parts = torch.arange(vocab).chunk(-(-vocab // 2**15))  # which stay in the cache
+    found = [
+        torch.cat([ids[_bits(key, ids) >= least] for ids in parts]) for key, least in zip(key_X, least_X, strict=True)
+    ]
+    return pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:

@@ -159,3 +159,38 @@ void nf4(const uint8_t *packed, const float *levels, const float *scales, void *
             nf4_block_fp32(packed + 32 * b, levels, scales[b], at(y, 64 * b, 0));
     }
 }
+
+/* ---- noise ---- */
+
+#define PART 512 /* ids that are hashed at a time, without a branch */
+
+/* 52 uniform bits of a hash (SplitMix64's finaliser), as draw.py defines them. */
+INLINE i64 noise_bits(uint64_t x)
+{
+    x += 0x9E3779B97F4A7C15;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+    x = (x ^ x >> 27) * 0x94D049BB133111EB;
+    return (x ^ x >> 31) >> 12;
+}
+
+/* The ids below V whose noise under a row's key has at least `least` as its bits: `room` of them at most, and how many
+   there are. */
+void noisy_ids(const i64 *keys, const i64 *least, i64 *ids, i64 *counts, i64 X, i64 V, i64 room, int threads)
+{
+#pragma omp parallel for num_threads(X *V < SMALL ? 1 : threads)
+    for (i64 x = 0; x < X; x++) {
+        i64 found = 0, bits[PART];
+        for (i64 first = 0; first < V; first += PART) {
+            i64 size = MIN(PART, V - first), top = 0;
+#pragma omp simd reduction(max : top)
+            for (i64 i = 0; i < size; i++) {
+                bits[i] = noise_bits((uint64_t)keys[x] + (uint64_t)(first + i));
+                top = bits[i] > top ? bits[i] : top;
+            }
+            for (i64 i = 0; top >= least[x] && i < size; i++)
+                if (bits[i] >= least[x] && found++ < room)
+                    ids[x * room + found - 1] = first + i;
+        }
+        counts[x] = found;
+    }
+}

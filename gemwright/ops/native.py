@@ -61,6 +61,7 @@ _ARGUMENTS: Final = {
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
     "logits_read": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int, c_int],
     "logits_gradient": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int],
+    "noisy_ids": [*[c_void_p] * 4, *[c_int64] * 3, c_int],
     "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
@@ -289,6 +290,19 @@ def check_paged(
     assert table_Bn.shape == (B, n) and first_B.shape == (B,) and q_pos_BT.shape == (B, T), (B, T, table_Bn.shape)
     for index in (table_Bn, first_B, q_pos_BT):
         assert index.dtype == torch.int32 and index.is_contiguous(), (index.dtype, index.stride())
+
+
+def noisy_ids(key_X: Tensor, least_X: Tensor, vocab: int, room: int) -> tuple[Tensor, Tensor]:
+    """The ids below `vocab` whose noise bits (`ops.draw`) reach `least`, [X, room], and how many there are, [X].
+
+    Where a row has fewer its other places are undefined; where it has more the first ones are there. int64 on CPU.
+    """
+    X = len(key_X)
+    assert key_X.dtype == least_X.dtype == torch.int64 and key_X.is_contiguous() and least_X.is_contiguous()
+    ids_Xr, counts_X = torch.empty(X, room, dtype=torch.int64), torch.empty(X, dtype=torch.int64)
+    pointers = (t.data_ptr() for t in (key_X, least_X, ids_Xr, counts_X))
+    _kernels().noisy_ids(*pointers, X, vocab, room, torch.get_num_threads())
+    return ids_Xr, counts_X
 
 
 def paged_attention(
