@@ -38,8 +38,8 @@ from gemwright.ops.loss import linear_logprob
 
 TASKS = {"arc_easy": 2376, "piqa": 1838, "hellaswag": 2000}
 """Items taken of each task, at most."""
-BATCH_TOKENS = 4096
-CHUNK = 64
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+CHUNK = {"cpu": 64, "cuda": 1024}
 """Items that are scored and written at a time."""
 
 
@@ -71,7 +71,8 @@ def source_scores(lm: LM, llama: Llama, asked: Sequence[dict[str, Any]]) -> list
     scores = [0.0] * len(split)
     while order:
         width = sum(map(len, split[order[0]])) + 32
-        part, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
+        most = max(1, BATCH_TOKENS[device.type] // width)
+        part, order = order[:most], order[most:]
         texts = [[*split[i][0], *split[i][1]] for i in part]
         tokens_BT, pos_BT = pad(texts, 0, max(map(len, texts)), device)
         hidden_BTD = llama(tokens_BT, pos_BT)[:, :-1]
@@ -122,8 +123,9 @@ def score(args: argparse.Namespace) -> None:
     lm = gemwright.load(folder, device=args.device)
     file, weight = Gguf(base_path()), next(lm.model.parameters())
     llama = Llama(file, adopted_config(file.hf_config()), weight.dtype, weight.device, blocked)
-    for at in tqdm(range(done, len(asked), CHUNK), unit_scale=CHUNK, unit="item"):
-        part = asked[at : at + CHUNK]
+    chunk = CHUNK[weight.device.type]
+    for at in tqdm(range(done, len(asked), chunk), unit_scale=chunk, unit="item"):
+        part = asked[at : at + chunk]
         healed = choices(part, [score for score, _ in lm.loglikelihood(pairs(part))])
         source = choices(part, source_scores(lm, llama, part))
         with args.out.open("a") as lines:
