@@ -38,11 +38,12 @@ def log_probs(hidden: Tensor, weight: Tensor, cap: float | None, temperature: fl
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Chunks of at most `rows` tokens and tiles of 50 ids, at the V of this file."""
+    """Chunks of at most `rows` tokens (twice as many where bf16 products are held) and tiles of 50 ids, at V ids."""
     monkeypatch.setitem(head.CHUNK_FLOOR, "cpu", 4 * V * rows)
     monkeypatch.setattr(head, "CHUNK_TOKENS", 0)
     monkeypatch.setattr(head, "CHUNK_SHARE", 10**9)
     monkeypatch.setitem(head.TILE, "cpu", 50)
+    monkeypatch.setattr(head, "TURNED", 50)
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]

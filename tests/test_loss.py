@@ -262,7 +262,7 @@ def test_frozen_sides() -> None:
 
 
 class TestMemory:
-    """The law: never a tensor of all tokens times the vocabulary, and beside the weight's gradient a fifth of it."""
+    """The law: never a tensor of all tokens times the vocabulary, and beside the weight's gradient a quarter of it."""
 
     TOKENS, VOCAB, WIDTH = 96, 2048, 64
     SLACK = 2**15
@@ -274,6 +274,7 @@ class TestMemory:
         monkeypatch.setitem(head_module.CHUNK_FLOOR, "cpu", 0)
         monkeypatch.setattr(head_module, "CHUNK_TOKENS", 0)
         monkeypatch.setitem(head_module.TILE, "cpu", 64)
+        monkeypatch.setattr(head_module, "TURNED", 64)
         hidden = torch.randn(self.TOKENS, self.WIDTH).requires_grad_()
         weight = torch.randn(self.VOCAB, self.WIDTH).requires_grad_()
         return hidden, weight, torch.randint(self.VOCAB, (self.TOKENS,))
@@ -287,14 +288,14 @@ class TestMemory:
             total, _, _ = cross_entropy(hidden, weight, targets, softcap=30.0)
             torch.autograd.grad(total / 7, (hidden, weight))
         assert meter.largest == weight.nbytes
-        assert meter.peak <= 1.2 * weight.nbytes + hidden.nbytes + self.SLACK
+        assert meter.peak <= 1.25 * weight.nbytes + hidden.nbytes + self.SLACK
 
     def test_frozen_head(self, case: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, weight, targets = case
         with Meter() as meter:
             total, _, _ = cross_entropy(hidden, weight.detach(), targets, softcap=30.0)
             torch.autograd.grad(total, hidden)
-        assert meter.peak <= 0.2 * weight.nbytes + hidden.nbytes + self.SLACK
+        assert meter.peak <= 0.25 * weight.nbytes + hidden.nbytes + self.SLACK
 
     def test_linear_logprob(self, case: tuple[Tensor, Tensor, Tensor]) -> None:
         """Between forward and backward only a few numbers a token are kept."""
@@ -304,14 +305,14 @@ class TestMemory:
             assert meter.now < 20 * self.TOKENS
             torch.autograd.grad(torch.stack(outputs).sum(), (hidden, weight))
         assert meter.largest == weight.nbytes
-        assert meter.peak <= 1.2 * weight.nbytes + hidden.nbytes + self.SLACK
+        assert meter.peak <= 1.25 * weight.nbytes + hidden.nbytes + self.SLACK
 
     def test_no_gradient_is_made_that_nobody_asked_for(self, case: tuple[Tensor, Tensor, Tensor]) -> None:
         """Under no_grad the parameters still require gradients, and none may be made for them."""
         hidden, weight, targets = case
         with torch.no_grad(), Meter() as meter:
             cross_entropy(hidden, weight, targets, softcap=30.0)
-        assert meter.peak <= 0.2 * weight.nbytes + self.SLACK
+        assert meter.peak <= 0.25 * weight.nbytes + self.SLACK
 
 
 def test_backward_runs_once() -> None:
@@ -353,10 +354,10 @@ def test_chunks_cover_the_tokens_evenly() -> None:
 
 
 def test_a_chunk_of_a_2b_head() -> None:
-    """One fifth of the weight's bytes: 230 tokens of width 2304 in bf16, whatever the vocabulary; 128 at least."""
-    for vocab, width, most in ((256_000, 2304, 230), (49_152, 2304, 230), (256_000, 256, 128), (1024, 64, 8192)):
+    """One quarter of the weight's bytes: 576 tokens of width 2304 in bf16, whatever the vocabulary; 256 at least."""
+    for vocab, width, most in ((256_000, 2304, 576), (49_152, 2304, 576), (256_000, 256, 256), (1024, 64, 16384)):
         head = Head(torch.empty(vocab, width, dtype=torch.bfloat16, device="meta"), 30.0)
-        assert head.chunk_bytes() // (4 * vocab) == most
+        assert head.chunk_bytes() // (2 * vocab) == most
 
 
 @pytest.mark.gpu

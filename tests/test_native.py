@@ -14,9 +14,12 @@ from paged_fixtures import Rows, last_positions
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemwright.ops import native, rope
+from gemwright.ops import native, native_loss, rope
 from gemwright.ops.attention import softcap
+from gemwright.ops.divergence import DIVERGENCES, divergence
 from gemwright.ops.gelu import gated_gelu
+from gemwright.ops.head import Head
+from gemwright.ops.loss import cross_entropy, linear_logprob
 from gemwright.ops.norm import RMSNorm
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -324,32 +327,108 @@ def test_the_arithmetic_is_the_same_with_the_kernels(dtype: torch.dtype, monkeyp
 # ---- losses ----
 
 
+def sided(raw: Tensor, cap: float | None, temperature: float) -> tuple[native_loss.Side, Tensor]:
+    """What the kernels take, its products inside larger rows, and the logits in fp64."""
+    held = torch.full((len(raw), raw.shape[1] + 10), torch.nan, dtype=raw.dtype)
+    held[:, : raw.shape[1]] = raw
+    wide = raw.double()
+    logits = (wide if cap is None else cap * torch.tanh(wide / cap)) / temperature
+    return native_loss.read(held[:, : raw.shape[1]], cap=cap, temperature=temperature), logits
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cap", "temperature"), [(30.0, 1.0), (10.0, 0.7), (None, 1.5)])
-def test_logits_of_tiles_and_their_gradient(dtype: torch.dtype, cap: float | None, temperature: float) -> None:
-    """Three tiles of odd widths inside larger rows, past the cap, against fp64; what lies beside a tile stays."""
-    raw = (60 * torch.randn(9, 300)).to(dtype)
-    logits = torch.full((9, 310), torch.nan)
-    top, total = torch.full((9, 1), -torch.inf), torch.zeros(9, 1)
-    for v in (slice(0, 37), slice(37, 298), slice(298, 300)):
-        native.logits_read_(raw[:, v].contiguous(), logits[:, v], top, total, cap=cap, temperature=temperature)
-    want = (raw.double() if cap is None else cap * torch.tanh(raw.double() / cap)) / temperature
-    torch.testing.assert_close(logits[:, :300].double(), want, rtol=1e-6, atol=1e-5)
-    assert logits[:, 300:].isnan().all()
-    torch.testing.assert_close((top + total.log()).double(), want.logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6)
-    weight = torch.rand(9, 1)
-    native.logits_gradient_(logits[:, :300], top, total.log(), weight, cap=cap, temperature=temperature)
+def test_logits_and_their_gradient(dtype: torch.dtype, cap: float | None, temperature: float) -> None:
+    """An odd width past one span of fp32 sums, past the cap, against fp64; what lies beside the rows stays."""
+    raw = (60 * torch.randn(9, 2501)).to(dtype)
+    side, want = sided(raw, cap, temperature)
+    got = native_loss.logits(raw, cap=cap, temperature=temperature)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+    assert torch.equal(side.top_x1, got.amax(-1, keepdim=True)), "the likeliest id is found by comparing with it"
+    torch.testing.assert_close(
+        (side.top_x1 + side.log_sum_x1).double(), want.logsumexp(-1, keepdim=True), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        native_loss.entropy(side).double(), torch.special.entr(want.softmax(-1)).sum(-1), rtol=1e-5, atol=1e-5
+    )
+    weight, mass, ids = torch.rand(9, 1), torch.randn(9, 3), torch.randint(2501, (9, 3))
+    ids[:, 2] = ids[:, 0]  # an id that stands twice
+    ids[0, 1] = 2500
     slope = 1 if cap is None else 1 - torch.tanh(raw.double() / cap) ** 2
-    truth = weight.double() * want.softmax(-1) * slope / temperature
-    assert relative(logits[:, :300], truth) < 1e-5
+    truth = (weight.double() * want.softmax(-1)).scatter_add(1, ids, mass.double()) * slope / temperature
+    made = native_loss.gradient_(side, weight, ids, mass)
+    assert relative(made, truth) < (1e-5 if dtype == torch.float32 else 4e-3)
+    assert side.raw_xV.untyped_storage().nbytes() == 9 * 2511 * dtype.itemsize
+    assert made.as_strided((9, 10), (2511, 1), 2501).isnan().all()
 
 
 @needs_library
-def test_logits_that_are_not_finite_reach_the_sum() -> None:
+def test_a_confident_token_keeps_its_small_gradient_in_bf16() -> None:
+    """p - 1 is rounded after the difference: from a rounded p it would be 0 or 0.4 %."""
+    raw = torch.zeros(1, 64, dtype=torch.bfloat16)
+    raw[0, 7] = 12.0
+    side, logits = sided(raw, None, 1.0)
+    made = native_loss.gradient_(side, torch.ones(1, 1), torch.tensor([[7]]), -torch.ones(1, 1))
+    want = logits.softmax(-1)[0, 7] - 1
+    assert -1e-3 < float(want) < 0
+    assert abs(float(made[0, 7]) / float(want) - 1) < 4e-3
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "beta"), [*((kind, 0.5) for kind in DIVERGENCES), ("jsd", 0.1), ("jsd", 1), ("jsd", 0)]
+)
+def test_divergences(kind: str, beta: float, dtype: torch.dtype) -> None:
+    """Each kind of the kernels is the definition of `ops.divergence` on fp64 logits, value and gradient."""
+    raws = [(20 * torch.randn(5, 2501)).to(dtype) for _ in range(2)]
+    (ours, _), (theirs, their_logits) = sided(raws[0], 30.0, 0.7), sided(raws[1], None, 1.3)
+    raw = raws[0].double().requires_grad_()
+    log_q = (30 * torch.tanh(raw / 30) / 0.7).log_softmax(-1)
+    values, _ = DIVERGENCES[kind](their_logits.log_softmax(-1), log_q, beta)
+    want = values.sum(-1, keepdim=True)
+    value, total = native_loss.compare(ours, theirs, kind, beta)
+    assert relative(value, want.detach()) < 1e-5
+    weight = torch.rand(5, 1)
+    (truth,) = torch.autograd.grad((want * weight).sum(), raw)
+    made = native_loss.divergence_gradient_(ours, theirs, kind, beta, total, weight)
+    # where the teacher leaves nothing to the student's favourite, the gradient of the JSD is a small difference
+    exact = 2e-4 if kind == "jsd" else 2e-5
+    assert relative(made, truth) < (exact if dtype == torch.float32 else 4e-3)
+
+
+@needs_library
+def test_every_divergence_has_a_kernel() -> None:
+    assert native_loss.KINDS.keys() == DIVERGENCES.keys()
+
+
+@needs_library
+def test_products_that_are_not_finite_reach_the_sum() -> None:
     raw = torch.zeros(2, 40)
     raw[0, 39] = torch.nan
-    top, total = torch.full((2, 1), -torch.inf), torch.zeros(2, 1)
-    native.logits_read_(raw, torch.empty(2, 40), top, total, cap=30.0, temperature=1.0)
-    assert total[0].isnan()
-    assert total[1] == 40
+    side = native_loss.read(raw, cap=30.0, temperature=1.0)
+    assert side.log_sum_x1[0].isnan()
+    torch.testing.assert_close(side.log_sum_x1[1].exp(), torch.tensor([40.0]))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_are_the_same_without_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-entropy, log-probabilities and a divergence with their gradients, through plain torch."""
+    hidden, weight = (torch.randn(n, 24).to(dtype).requires_grad_() for n in (37, 131))
+    teacher, targets = torch.randn(37, 24).to(dtype), torch.randint(131, (37,))
+
+    def run() -> list[Tensor]:
+        found = [
+            cross_entropy(hidden, weight, targets, softcap=5.0)[0],
+            linear_logprob(hidden, weight, targets, softcap=5.0)[0].sum(),
+            divergence("jsd", hidden, Head(weight, 5.0), teacher, Head(weight.detach(), None))[0],
+        ]
+        return [x.detach() for y in found for x in (y, *torch.autograd.grad(y, (hidden, weight)))]
+
+    fast = run()
+    monkeypatch.setattr(native, "library", lambda: None)
+    for one, other in zip(fast, run(), strict=True):
+        assert one.dtype == other.dtype
+        assert relative(one, other) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemwright.ops import gpu
+from gemwright.ops import gpu, native_loss
 from gemwright.ops.fuse import fused
 from gemwright.ops.head import Chunk, Gradients, Head, log_probs, product_dtype, slope_, wide
 from gemwright.ops.loss import MadeForward, counted, gradients_wanted, sparse_targets
@@ -155,17 +155,34 @@ def _into_gradient_(
     slope_(ours_xv, cap, temperature).mul_(d_xv).mul_(weight_x1)
 
 
-def _pass(
-    head: Head, ours: Chunk, theirs: Chunk, kind: str, beta: float, weight_x1: Tensor, gradient: bool
+def _chunk(
+    head: Head, ours: Chunk, theirs: Chunk, kind: str, beta: float, weight_x1: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """On CUDA: the divergences of a chunk, and the gradient by h . W^T of their weighted sum, where it is wanted."""
-    sides = ours.logits_xV, theirs.logits_xV, ours.sums, theirs.sums, kind, beta
-    value_x1, sum_x1 = gpu.losses().compare(*sides)
-    if not gradient:
-        return value_x1, None
-    made_xV = gpu.losses().divergence_gradient(
-        *sides, sum_x1, weight_x1, cap=head.softcap, temperature=head.temperature, dtype=ours.hidden_xD.dtype
-    )
+    """The divergences of a chunk, and the gradient by h . W^T of their weighted sum, where it is wanted."""
+    made_xV: Tensor | None = None
+    if ours.native is not None and theirs.native is not None:
+        value_x1, sum_x1 = native_loss.compare(ours.native, theirs.native, kind, beta)
+        if wanted:
+            made_xV = native_loss.divergence_gradient_(ours.native, theirs.native, kind, beta, sum_x1, weight_x1)
+        return value_x1, made_xV
+    if gpu.serves(ours.held_xV, theirs.held_xV):
+        sides = ours.held_xV, theirs.held_xV, ours.sums, theirs.sums, kind, beta
+        value_x1, sum_x1 = gpu.losses().compare(*sides)
+        if wanted:
+            made_xV = gpu.losses().divergence_gradient(
+                *sides, sum_x1, weight_x1, cap=head.softcap, temperature=head.temperature, dtype=ours.hidden_xD.dtype
+            )
+        return value_x1, made_xV
+    value_x1, sum_x1 = torch.zeros_like(weight_x1), torch.zeros_like(weight_x1)
+    tiles = [(ours.held_xV[:, v], theirs.held_xV[:, v]) for v in head.tiles()]
+    for tile in tiles:
+        value_v1, sum_v1 = _compare_(*tile, ours.sums, theirs.sums, DIVERGENCES[kind], beta)
+        value_x1 += value_v1
+        sum_x1 += sum_v1
+    if wanted:
+        for tile in tiles:
+            _into_gradient_(*tile, ours.sums, sum_x1, weight_x1, head.softcap, head.temperature)
+        made_xV = ours.held_xV
     return value_x1, made_xV
 
 
@@ -176,30 +193,22 @@ class _Divergence(MadeForward):
         teacher_XD: Tensor, teacher: Head, weights_X: Tensor,
         kind: str, beta: float,
     ) -> Tensor:  # fmt: skip
-        dtype, limit = product_dtype(student_XD), student.chunk_bytes()
-        total = student_XD.new_zeros((), dtype=wide(dtype))
+        dtypes = product_dtype(student_XD), product_dtype(teacher_XD)
+        # two buffers of logits: half a weight's bytes in all would be too much beside its gradient
+        limit, plain = student.chunk_bytes() * 4 // 5, dtypes[0] != dtypes[1]
+        total = student_XD.new_zeros((), dtype=wide(dtypes[0]))
         grads = ctx.grads = Gradients(student_XD, weight_VD, needs)
-        sides = student.chunks(student_XD, dtype, limit), teacher.chunks(teacher_XD, product_dtype(teacher_XD), limit)
-        for ours, theirs in zip(*sides, strict=True):
+        ours_theirs = zip(
+            student.chunks(student_XD, dtypes[0], limit, plain=plain),
+            teacher.chunks(teacher_XD, dtypes[1], limit, plain=plain),
+            strict=True,
+        )
+        for ours, theirs in ours_theirs:
             weight_x1 = weights_X[ours.part, None]
-            if gpu.serves(ours.logits_xV, theirs.logits_xV):
-                value_x1, made_xV = _pass(student, ours, theirs, kind, beta, weight_x1, grads.any)
-                total += (weight_x1 * value_x1).sum()
-                if made_xV is not None:
-                    grads.add(student, ours, made_xV)
-                continue
-            value_x1, sum_x1 = torch.zeros_like(weight_x1), torch.zeros_like(weight_x1)
-            for v in student.tiles():
-                tile = ours.logits_xV[:, v], theirs.logits_xV[:, v]
-                value_v1, sum_v1 = _compare_(*tile, ours.sums, theirs.sums, DIVERGENCES[kind], beta)
-                value_x1 += value_v1
-                sum_x1 += sum_v1
+            value_x1, made_xV = _chunk(student, ours, theirs, kind, beta, weight_x1, grads.any)
             total += (weight_x1 * value_x1).sum()
-            if grads.any:
-                for v in student.tiles():
-                    tile = ours.logits_xV[:, v], theirs.logits_xV[:, v]
-                    _into_gradient_(*tile, ours.sums, sum_x1, weight_x1, student.softcap, student.temperature)
-                grads.add(student, ours)
+            if made_xV is not None:
+                grads.add(student, ours, made_xV)
         return total
 
 

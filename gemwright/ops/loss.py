@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemwright.ops import gpu, native
+from gemwright.ops import gpu, native_loss
 from gemwright.ops.attention import softcap as cap_logits
 from gemwright.ops.fuse import fused
 from gemwright.ops.head import Chunk, Gradients, Head, log_probs, product_dtype, slope_, wide
@@ -73,10 +73,13 @@ class _LogProb(torch.autograd.Function):
         logprob_X, lse_X, entropy_X = (hidden_XD.new_zeros(len(hidden_XD), dtype=wide(dtype)) for _ in range(3))
         for chunk in head.chunks(hidden_XD, dtype):
             part = chunk.part
-            logprob_X[part] = log_probs(chunk.logits_xV.gather(1, targets_X[part, None]), *chunk.sums)[:, 0]
+            logprob_X[part] = log_probs(chunk.logits(targets_X[part, None]), *chunk.sums)[:, 0]
             lse_X[part] = (chunk.top_x1 + chunk.log_sum_x1)[:, 0]
+            if chunk.native is not None:
+                entropy_X[part] = native_loss.entropy(chunk.native)
+                continue
             for v in head.tiles():
-                entropy_X[part] += _entropy(chunk.logits_xV[:, v], *chunk.sums)
+                entropy_X[part] += _entropy(chunk.held_xV[:, v], *chunk.sums)
         ctx.save_for_backward(hidden_XD, targets_X, weight_VD, entropy_X)
         ctx.softcap, ctx.temperature, ctx.dtype = head.softcap, head.temperature, dtype
         ctx.set_materialize_grads(False)
@@ -90,29 +93,44 @@ class _LogProb(torch.autograd.Function):
         # unused outputs have no gradient: zeros, and no work for the entropy
         d_logprob_X, d_lse_X, d_entropy_X = (torch.zeros_like(entropy_X) if g is None else g for g in outer)
         grads = Gradients(hidden_XD, weight_VD, (ctx.needs_input_grad[0], ctx.needs_input_grad[2]))
-        for chunk in head.chunks(hidden_XD, ctx.dtype):
-            part, z_xV = chunk.part, chunk.logits_xV
-            if outer[2] is None and gpu.serves(z_xV):
-                weights = (d_lse_X - d_logprob_X)[part, None], targets_X[part, None], d_logprob_X[part, None]
-                grads.add(head, chunk, _gradient(head, chunk, *weights))
-                continue
-            d_target_x1 = d_logprob_X[part, None] * head.slope_(z_xV.gather(1, targets_X[part, None]))
-            p_weight_x1 = (d_lse_X - d_logprob_X)[part, None]
+        for chunk in head.chunks(hidden_XD, ctx.dtype, plain=outer[2] is not None):
+            part = chunk.part
+            weights = (d_lse_X - d_logprob_X)[part, None], targets_X[part, None], d_logprob_X[part, None]
             entropy = None if outer[2] is None else (d_entropy_X[part, None], entropy_X[part, None])
-            for v in head.tiles():
-                _into_gradient_(z_xV[:, v], *chunk.sums, p_weight_x1, head.softcap, head.temperature, entropy)
-            z_xV.scatter_add_(1, targets_X[part, None], d_target_x1)
-            grads.add(head, chunk)
-        return grads.hidden_XD, None, grads.weight_VD, None
+            grads.add(head, chunk, gradient(head, chunk, *weights, entropy))
+        hidden, weight = grads.both()
+        return hidden, None, weight, None
 
 
-def _gradient(head: Head, chunk: Chunk, p_weight_x1: Tensor, ids_x1: Tensor, id_weight_x1: Tensor) -> Tensor:
-    """The gradient by h . W^T of sum p_weight * lse + id_weight * logits[id], [x, V] in the dtype of the products."""
-    made_xV: Tensor = gpu.losses().gradient(
-        chunk.logits_xV, chunk.sums, p_weight_x1, ids_x1, id_weight_x1, cap=head.softcap, temperature=head.temperature,
-        dtype=chunk.hidden_xD.dtype,
-    )  # fmt: skip
-    return made_xV
+def gradient(
+    head: Head,
+    chunk: Chunk,
+    p_weight_x1: Tensor,
+    ids_xK: Tensor,
+    id_weight_xK: Tensor,
+    entropy: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The gradient by h . W^T of sum p_weight * lse + sum_k id_weight * logits[id], [x, V].
+
+    It takes the place of what the chunk holds, where that has its dtype.
+
+    Args:
+        entropy: the outer gradient and the value of the entropy, [x, 1] each, where that counts too; of a plain chunk.
+    """
+    if chunk.native is not None:
+        assert entropy is None, "the native pass knows no entropy: ask for plain chunks"
+        return native_loss.gradient_(chunk.native, p_weight_x1, ids_xK, id_weight_xK)
+    z_xV = chunk.held_xV
+    if entropy is None and ids_xK.shape[1] == 1 and gpu.serves(z_xV):
+        made_xV: Tensor = gpu.losses().gradient(
+            z_xV, chunk.sums, p_weight_x1, ids_xK, id_weight_xK, cap=head.softcap, temperature=head.temperature,
+            dtype=chunk.hidden_xD.dtype,
+        )  # fmt: skip
+        return made_xV
+    d_ids_xK = id_weight_xK * head.slope_(z_xV.gather(1, ids_xK))
+    for v in head.tiles():
+        _into_gradient_(z_xV[:, v], *chunk.sums, p_weight_x1, head.softcap, head.temperature, entropy)
+    return z_xV.scatter_add_(1, ids_xK, d_ids_xK)
 
 
 @fused
@@ -133,9 +151,6 @@ def _into_gradient_(
     entropy: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Logits become the gradient by h . W^T of p_weight * lse (`entropy`: its outer gradient and its value)."""
-    if entropy is None and native.serves(logits_xv):
-        native.logits_gradient_(logits_xv, top_x1, log_sum_x1, p_weight_x1, cap=cap, temperature=temperature)
-        return
     log_p_xv = log_probs(logits_xv, top_x1, log_sum_x1)
     if entropy is None:
         d_xv = log_p_xv.exp_().mul_(p_weight_x1)
@@ -216,7 +231,7 @@ class MadeForward(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("backward ran already: this loss's gradient is made once, in the forward pass")
-        return (*grads.scaled(outer[0]), *[None] * (len(ctx.needs_input_grad) - 2))
+        return (*grads.both(outer[0]), *[None] * (len(ctx.needs_input_grad) - 2))
 
 
 class _SparseTargets(MadeForward):
@@ -229,17 +244,12 @@ class _SparseTargets(MadeForward):
         total, correct = (hidden_XD.new_zeros((), dtype=wide(dtype)) for _ in range(2))
         grads = ctx.grads = Gradients(hidden_XD, weight_VD, needs)
         for chunk in head.chunks(hidden_XD, dtype):
-            z_xV, ids_xK, mass_xK = chunk.logits_xV, ids_XK[chunk.part], mass_XK[chunk.part]
-            at_xK = z_xV.gather(1, ids_xK)
+            ids_xK, mass_xK = ids_XK[chunk.part], mass_XK[chunk.part]
+            at_xK = chunk.logits(ids_xK)
             mass_x1 = mass_xK.sum(-1, keepdim=True)
             total -= (mass_xK * log_probs(at_xK, *chunk.sums)).sum()
             correct += (mass_x1 * (at_xK[:, :1] >= chunk.top_x1)).sum()
-            if grads.any and ids_xK.shape[1] == 1 and gpu.serves(z_xV):
-                grads.add(head, chunk, _gradient(head, chunk, mass_x1, ids_xK, -mass_xK))
-            elif grads.any:
-                for v in head.tiles():
-                    _into_gradient_(z_xV[:, v], *chunk.sums, mass_x1, head.softcap, head.temperature)
-                z_xV.scatter_add_(1, ids_xK, -mass_xK * head.slope_(at_xK))
-                grads.add(head, chunk)
+            if grads.any:
+                grads.add(head, chunk, gradient(head, chunk, mass_x1, ids_xK, -mass_xK))
         ctx.mark_non_differentiable(correct)
         return total, correct

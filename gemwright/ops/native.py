@@ -59,9 +59,13 @@ _ARGUMENTS: Final = {
     "rotate": [*[c_void_p] * 4, *[c_int64] * 3, c_int, c_int],
     "softcap": [*[c_void_p] * 2, c_int64, c_float, c_int],
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
-    "logits_read": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int, c_int],
-    "logits_gradient": [*[c_void_p] * 4, *[c_int64] * 3, *[c_float] * 2, c_int],
     "noisy_ids": [*[c_void_p] * 4, *[c_int64] * 3, c_int],
+    "logits_of": [*[c_void_p] * 2, c_int64, *[c_float] * 2, c_int],
+    "logits_read": [*[c_void_p] * 3, *[c_int64] * 3, *[c_float] * 2, c_int, c_int],
+    "logits_entropy": [*[c_void_p] * 2, *[c_int64] * 2, c_int, c_int],
+    "logits_gradient": [*[c_void_p] * 5, *[c_int64] * 3, c_int, c_int],
+    "divergence_compare": [*[c_void_p] * 4, *[c_int64] * 2, c_int, c_float, c_int, c_int],
+    "divergence_gradient": [*[c_void_p] * 4, *[c_int64] * 2, c_int, c_float, c_int, c_int],
     "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
@@ -153,7 +157,8 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def _kernels() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
+    """The library, where `serves` said that it is there."""
     loaded = library()
     assert loaded is not None, "native kernels were called where library() is None"
     return loaded
@@ -175,7 +180,7 @@ def linear(x_XD: Tensor, weight_FD: Tensor) -> Tensor:
     x_XD = x_XD.contiguous()
     bf16 = _check(x_XD, weight_FD)
     y_XF = x_XD.new_empty((*x_XD.shape[:-1], F))
-    _kernels().linear(
+    kernels().linear(
         x_XD.data_ptr(), weight_FD.data_ptr(), y_XF.data_ptr(), x_XD.numel() // D, F, D, bf16, torch.get_num_threads()
     )
     return y_XF
@@ -189,7 +194,7 @@ def norm(x_XD: Tensor, weight_D: Tensor, eps: float, residual_XD: Tensor | None 
     bf16 = _check(x_XD, weight_D) if residual_XD is None else _check(x_XD, weight_D, residual_XD)
     y_XD = torch.empty_like(x_XD)
     residual = None if residual_XD is None else residual_XD.data_ptr()
-    _kernels().norm(
+    kernels().norm(
         x_XD.data_ptr(), weight_D.data_ptr(), residual, y_XD.data_ptr(), x_XD.numel() // D, D, eps, bf16,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -204,7 +209,7 @@ def rotate(x_BTNH: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     assert not _check(cos, sin), "rotary tables are fp32"
     assert cos.shape == sin.shape == (B, T, 1, H) and H % 2 == 0, (cos.shape, sin.shape, x_BTNH.shape)
     y_BTNH = torch.empty_like(x_BTNH)
-    _kernels().rotate(
+    kernels().rotate(
         x_BTNH.data_ptr(), cos.data_ptr(), sin.data_ptr(), y_BTNH.data_ptr(), B * T, N, H, _check(x_BTNH),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -216,7 +221,7 @@ def gated_gelu(gate_XF: Tensor, up_XF: Tensor) -> Tensor:
     assert gate_XF.shape == up_XF.shape, (gate_XF.shape, up_XF.shape)
     bf16 = _check(gate_XF, up_XF)
     y_XF = torch.empty_like(gate_XF)
-    _kernels().gated_gelu(
+    kernels().gated_gelu(
         gate_XF.data_ptr(), up_XF.data_ptr(), y_XF.data_ptr(), y_XF.numel(), bf16, torch.get_num_threads()
     )
     return y_XF
@@ -227,43 +232,8 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     x = x.contiguous()
     assert not _check(x) and cap > 0, (x.dtype, cap)
     y = torch.empty_like(x)
-    _kernels().softcap(x.data_ptr(), y.data_ptr(), x.numel(), cap, torch.get_num_threads())
+    kernels().softcap(x.data_ptr(), y.data_ptr(), x.numel(), cap, torch.get_num_threads())
     return y
-
-
-def logits_read_(
-    raw_xv: Tensor, out_xv: Tensor, top_x1: Tensor, sum_x1: Tensor, *, cap: float | None, temperature: float
-) -> None:
-    """A tile of products becomes logits in `out`; `top` and `sum` of exp(logit - top), fp32 in place, take it in."""
-    assert not _strided(out_xv, top_x1, sum_x1) and raw_xv.shape == out_xv.shape, (raw_xv.shape, out_xv.shape)
-    _kernels().logits_read(
-        raw_xv.data_ptr(), out_xv.data_ptr(), top_x1.data_ptr(), sum_x1.data_ptr(), *raw_xv.shape, out_xv.stride(0),
-        cap or 0.0, 1 / temperature, _check(raw_xv), torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def logits_gradient_(
-    logits_xv: Tensor,
-    top_x1: Tensor,
-    log_sum_x1: Tensor,
-    weight_x1: Tensor,
-    *,
-    cap: float | None,
-    temperature: float,
-) -> None:
-    """A tile of fp32 logits becomes weight * p * d logits / d products, p = exp(logit - top - log_sum)."""
-    assert not _strided(logits_xv, top_x1, log_sum_x1, weight_x1), logits_xv.shape
-    _kernels().logits_gradient(
-        logits_xv.data_ptr(), top_x1.data_ptr(), log_sum_x1.data_ptr(), weight_x1.data_ptr(), *logits_xv.shape,
-        logits_xv.stride(0), cap or 0.0, temperature, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _strided(tile_xv: Tensor, *columns_x1: Tensor) -> bool:
-    """Whether fp32 tensors lie otherwise than rows of a larger tensor and whole columns."""
-    assert all(x.dtype is torch.float32 and x.is_cpu for x in (tile_xv, *columns_x1)), tile_xv.dtype
-    fits = all(x_x1.is_contiguous() and x_x1.shape == (len(tile_xv), 1) for x_x1 in columns_x1)
-    return not (fits and tile_xv.stride(1) == 1)
 
 
 def nf4(packed_P: Tensor, levels: Tensor, scales_b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -272,7 +242,7 @@ def nf4(packed_P: Tensor, levels: Tensor, scales_b: Tensor, dtype: torch.dtype) 
     assert len(packed_P) == 32 * len(scales_b) and levels.shape == (16,), (packed_P.shape, scales_b.shape, levels.shape)
     assert not _check(levels, scales_b), "levels and scales are fp32"
     weight_n = torch.empty(64 * len(scales_b), dtype=dtype)
-    _kernels().nf4(
+    kernels().nf4(
         packed_P.data_ptr(), levels.data_ptr(), scales_b.data_ptr(), weight_n.data_ptr(), len(scales_b),
         _check(weight_n), torch.get_num_threads(),
     )  # fmt: skip
@@ -301,7 +271,7 @@ def noisy_ids(key_X: Tensor, least_X: Tensor, vocab: int, room: int) -> tuple[Te
     assert key_X.dtype == least_X.dtype == torch.int64 and key_X.is_contiguous() and least_X.is_contiguous()
     ids_Xr, counts_X = torch.empty(X, room, dtype=torch.int64), torch.empty(X, dtype=torch.int64)
     pointers = (t.data_ptr() for t in (key_X, least_X, ids_Xr, counts_X))
-    _kernels().noisy_ids(*pointers, X, vocab, room, torch.get_num_threads())
+    kernels().noisy_ids(*pointers, X, vocab, room, torch.get_num_threads())
     return ids_Xr, counts_X
 
 
@@ -341,6 +311,6 @@ def paged_attention(
         table_Bn.data_ptr(), first_B.data_ptr(), q_pos_BT.data_ptr(),
         B, T, N, K, H, P, s, n, window or 0, scale, cap or 0.0, bf16, torch.get_num_threads(),
     )  # fmt: skip
-    missing = _kernels().paged_attention(call)
+    missing = kernels().paged_attention(call)
     assert missing == 0, f"a visible page is not in its table of {n}, or not among the {P} of the store"
     return out_BTNH

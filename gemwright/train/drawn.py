@@ -46,7 +46,7 @@ def drawn(head: Head, hidden_XD: Tensor, sampling: Sampling, generator: torch.Ge
     warm = Head(head.weight_VD, head.softcap, sampling.temperature)
     parts: list[tuple[Tensor, ...]] = []
     for chunk in warm.chunks(hidden_XD, product_dtype(hidden_XD)):
-        log_p_xV = log_probs(chunk.logits_xV, *chunk.sums)
+        log_p_xV = log_probs(chunk.logits(), *chunk.sums)
         # fp64: the sum of 256k probabilities would lose the tail in fp32
         mass_xV = log_p_xV.double().exp_().cumsum_(-1)
         u_xK = torch.rand(len(mass_xV), sampling.draws, dtype=torch.float64, generator=generator).to(mass_xV.device)
