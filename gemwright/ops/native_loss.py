@@ -59,8 +59,9 @@ def _check(raw_xV: Tensor, *columns_x1: Tensor) -> bool:
 
 
 def logits(raw: Tensor, *, cap: float | None, temperature: float) -> Tensor:
-    """Logits in fp32 of contiguous products of any shape."""
-    assert raw.is_contiguous() and raw.dtype in (torch.bfloat16, torch.float32), (raw.dtype, raw.stride())
+    """Logits in fp32 of products of any shape."""
+    raw = raw.contiguous()
+    assert raw.dtype in (torch.bfloat16, torch.float32) and raw.is_cpu, raw.dtype
     out = torch.empty_like(raw, dtype=torch.float32)
     bf16 = raw.dtype is torch.bfloat16
     native.kernels().logits_of(raw.data_ptr(), out.data_ptr(), raw.numel(), cap or 0.0, 1 / temperature, bf16)
