@@ -96,7 +96,7 @@ class AdamW:
 
     def squares(self) -> Tensor:
         """Sum of the squares of this rank's gradients, fp32."""
-        norms = [torch.linalg.vector_norm(slot.gradient(), dtype=torch.float32) for slot in self.slots]
+        norms = torch._foreach_norm([slot.gradient() for slot in self.slots], dtype=torch.float32)
         return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
 
     def update(self, rate: float, factor: float) -> None:
@@ -120,9 +120,8 @@ class AdamW:
                 eps=self.eps,
                 maximize=False,
             )
+            self._round(group)
             for slot in group:
-                if slot.rounded:
-                    local(slot.parameter.detach()).copy_(slot.master)
                 slot.parameter.grad = slot.sum = None
 
     def clear(self) -> None:
@@ -154,8 +153,14 @@ class AdamW:
         """To be called when the tensors of `state` have been read into place."""
         for slot in self.slots:
             slot.step.fill_(updates)
-            if slot.rounded:
-                local(slot.parameter.detach()).copy_(slot.master)
+        self._round(self.slots)
+
+    @staticmethod
+    def _round(slots: list[Slot]) -> None:
+        """Parameters become the roundings of their masters, in few launches."""
+        rounded = [slot for slot in slots if slot.rounded]
+        if rounded:
+            torch._foreach_copy_([local(s.parameter.detach()) for s in rounded], [s.master for s in rounded])
 
     @property
     def updates(self) -> int:

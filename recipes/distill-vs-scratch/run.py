@@ -1,20 +1,19 @@
 """Distilled or from scratch: the report's comparison (arXiv 2408.00118, tables 6 and 7), in small.
 
-    python recipes/mini/data.py --out DIR
-    python recipes/distill-vs-scratch/run.py --data DIR --out DIR/versus
-    python recipes/distill-vs-scratch/picture.py DIR/versus/results.jsonl recipes/distill-vs-scratch
+    python recipes/distill-vs-scratch/prepare.py --out DIR
+    python recipes/distill-vs-scratch/run.py --data DIR --out DIR/runs
+    python recipes/distill-vs-scratch/picture.py DIR/runs/results.jsonl recipes/distill-vs-scratch
 
-One student, a fresh Gemma 2 of 7.3 million parameters, learns the same prose in the same order, in four ways, each from
-three seeds of its first weights:
+A teacher of 36 million parameters learns all the text, several times. Then one student of 6 million parameters learns
+a part of it, in four ways, each from three seeds of its first weights and of the order of the text:
 
-    scratch     cross-entropy
-    local       forward KL to a teacher of 135 million parameters that runs beside it: SmolLM2-135M-Instruct
-    cached      the same, the teacher's final hidden states having been stored beforehand
-    compute     cross-entropy on the same text and what follows it, for as many seconds as `local` took
+    scratch     `gemwright pretrain`: cross-entropy, the text once
+    local       `gemwright distill`: forward KL to the teacher, which runs beside it; the same text, once
+    cached      the same, after `gemwright cache-teacher` has stored the teacher's final hidden states
+    compute     `gemwright pretrain` for as many multiplications as `local` takes with the teacher's: the text 2.9 times
 
-A line of results.jsonl is written as each run ends; runs that are in the file already are skipped.
-
-Legend: B rows, T tokens, D model.
+With one seed all ways start from the same weights and read the same rows in the same order. A line of results.jsonl is
+written as each run ends; what is done already is not done again. Runs go side by side in `--jobs` processes.
 """
 
 from __future__ import annotations
@@ -24,185 +23,191 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from gemwright.adopt import Llama, adopted_config
-from gemwright.bundled import base_path
 from gemwright.config import ModelConfig
-from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
-from gemwright.ops.attention import BACKENDS, Attention
-from gemwright.ops.divergence import divergence
-from gemwright.ops.head import Head
-from gemwright.ops.loss import cross_entropy
+from gemwright.train.cache_teacher import cache_teacher
+from gemwright.train.distill import distill
+from gemwright.train.distill_options import CacheTeacherConfig, DistillConfig
+from gemwright.train.options import PretrainConfig
+from gemwright.train.pretrain import pretrain
+from gemwright.train.progress import LOG, records
+from gemwright.train.speed import Work
+from gemwright.train.trainer import Outcome
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "mini"))
-from data import tokenizer
-from pairs import Turns, pieces
-
-WAYS = ("scratch", "local", "cached", "compute")
 SEEDS = (0, 1, 2)
 LENGTH = 512
-RATE, WARMUP = 2e-3, 0.03
-STUDENT = ModelConfig(
-    vocab_size=49152,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    query_pre_attn_scalar=32,
-    max_position_embeddings=LENGTH,
-)
+VOCABULARY = 8192  # as prepare.py learns it
+SHARED = {
+    "vocab_size": VOCABULARY, "head_dim": 64, "query_pre_attn_scalar": 64, "max_position_embeddings": LENGTH,
+    "sliding_window": 256, "dtype": "float32",
+}  # fmt: skip
+STUDENT = SHARED | {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+TEACHER = SHARED | {
+    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "dtype": "bfloat16",
+}  # fmt: skip
 
 
-@dataclass
-class Bench:
-    """What all runs share: the teacher, the text as rows [N, T] in a fixed order, and held-out rows."""
+@dataclass(frozen=True)
+class Place:
+    """Where things lie, and what all runs share."""
 
-    teacher: Llama
-    train_NT: Tensor
-    heldout_NT: Tensor
+    data: Path
+    out: Path
+    device: str
     rows: int
-    backend: str
-    device: torch.device
 
-    def batches(self, steps: int) -> Iterator[Tensor]:
-        """Batches [B, T] in order, from the beginning again when the text is used up."""
-        for step in range(steps):
-            at = torch.arange(step * self.rows, (step + 1) * self.rows) % len(self.train_NT)
-            yield self.train_NT[at].to(self.device)
+    def options(self, name: str, seed: int, *, rate: float, epochs: float) -> dict[str, Any]:
+        """Options of the trainer."""
+        return dict(
+            output_dir=str(self.out / name), resume=True, seed=seed, device=self.device, max_seq_length=LENGTH,
+            eval_dataset_name=str(self.data / "heldout.jsonl"), token_cache=str(self.data / "tokens"),
+            num_train_epochs=epochs, per_device_train_batch_size=self.rows, per_device_eval_batch_size=self.rows,
+            learning_rate=rate, lr_scheduler_type="cosine", min_lr_ratio=0.1, warmup_ratio=0.03, adam_beta2=0.95,
+            weight_decay=0.1, logging_steps=40, eval_steps=160, save_steps=1000,
+        )  # fmt: skip
 
-    def positions(self, tokens_BT: Tensor) -> Tensor:
-        return torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
+    def scratch(self, name: str, seed: int, shape: str, text: str, *, rate: float, epochs: float) -> Outcome:
+        """A run of `gemwright pretrain`."""
+        options = self.options(name, seed, rate=rate, epochs=epochs)
+        return pretrain(
+            PretrainConfig(
+                model_config=str(self.out / f"{shape}.json"), tokenizer=str(self.data / "tokenizer"),
+                dataset_name=str(self.data / text), **options,
+            )
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def taught(self, tokens_BT: Tensor) -> Tensor:
-        """The teacher's hidden states."""
-        return self.teacher(tokens_BT, self.positions(tokens_BT))
+    def distilled(self, name: str, seed: int, *, rate: float, source: dict[str, Any]) -> Outcome:
+        """A run of `gemwright distill`; `source` is the teacher, or its cache."""
+        options = self.options(name, seed, rate=rate, epochs=1)
+        return distill(
+            DistillConfig(
+                model_name=str(self.out / "student.json"), tokenizer=str(self.data / "tokenizer"),
+                dataset_name=str(self.data / "student.jsonl"), overlong="split", packing=True, **source, **options,
+            )
+        )  # fmt: skip
 
-
-def student(bench: Bench, seed: int) -> Gemma2:
-    """Fresh weights, as transformers has them: normal matrices, norms at the identity."""
-    torch.manual_seed(seed)
-    model = Gemma2(STUDENT, Attention(train=bench.backend))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=STUDENT.initializer_range)
-    return model.to(bench.device)
-
-
-def loss(bench: Bench, model: Gemma2, tokens_BT: Tensor, taught_BTD: Tensor | None) -> Tensor:
-    """Mean over tokens: cross-entropy, or where there is a teacher the KL to it."""
-    with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda"):
-        hidden_BTD = model(tokens_BT, bench.positions(tokens_BT))[:, :-1]
-        head = Head(model.lm_head.weight, STUDENT.final_logit_softcapping)
-        if taught_BTD is None:
-            total, count, *_ = cross_entropy(hidden_BTD, head.weight_VD, tokens_BT[:, 1:], softcap=head.softcap)
-        else:
-            theirs = Head(bench.teacher.head, None)
-            total, count = divergence("forward_kl", hidden_BTD, head, taught_BTD[:, :-1], theirs)
-    return total / count
-
-
-@torch.no_grad()
-def evaluate(bench: Bench, model: Gemma2) -> float:
-    """Held-out cross-entropy, nats a token."""
-    total, count = 0.0, 0
-    for at in range(0, len(bench.heldout_NT), bench.rows):
-        tokens_BT = bench.heldout_NT[at : at + bench.rows].to(bench.device)
-        total += float(loss(bench, model, tokens_BT, None)) * len(tokens_BT)
-        count += len(tokens_BT)
-    return total / count
+    def cache(self) -> None:
+        """`gemwright cache-teacher`."""
+        cache_teacher(
+            CacheTeacherConfig(
+                teacher=str(self.out / "teacher"), dataset_name=str(self.data / "student.jsonl"),
+                eval_dataset_name=str(self.data / "heldout.jsonl"), output=str(self.out / "cache"),
+                max_seq_length=LENGTH, overlong="split", batch_size=self.rows, device=self.device,
+                token_cache=str(self.data / "tokens"),
+            )
+        )  # fmt: skip
 
 
-def rate(progress: float) -> float:
-    """Warm-up, then a cosine to a tenth."""
-    return min(1.0, progress / WARMUP) * (0.55 + 0.45 * math.cos(math.pi * progress))
+def work(shape: dict[str, Any]) -> float:
+    """Multiplications and additions of training on a token: a third of them is the forward pass."""
+    with torch.device("meta"):
+        model = Gemma2(ModelConfig.from_hf(shape | {"model_type": "gemma2"}))
+    row = SimpleNamespace(pos_BT=torch.arange(LENGTH)[None], count=LENGTH, tokens=LENGTH)
+    return Work.of(model).flops(cast(Any, row)) / LENGTH
 
 
-def run(bench: Bench, way: str, seed: int, steps: int, cache: list[Tensor]) -> dict[str, Any]:
-    """Train one student; its curve and its end."""
-    model = student(bench, seed)
-    fused = bench.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
-    curve, start, measuring = [], time.monotonic(), 0.0
-    for step, tokens_BT in enumerate(bench.batches(steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * rate((step + 1) / steps)
-        taught_BTD = bench.taught(tokens_BT) if way == "local" else cache[step] if way == "cached" else None
-        loss(bench, model, tokens_BT, taught_BTD).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(1, steps // 8) == 0 or step + 1 == steps:
-            paused = time.monotonic()
-            curve.append({"tokens": (step + 1) * tokens_BT.numel(), "ce": evaluate(bench, model)})
-            measuring += time.monotonic() - paused
-    seconds = time.monotonic() - start - measuring
+COMPUTE = 1 + work(TEACHER) / 3 / work(STUDENT)
+"""What a distilled run multiplies, its teacher included, as a multiple of the run from scratch."""
+
+
+def run(place: Place, way: str, seed: int, epochs: float) -> dict[str, Any]:
+    """One run, and its curve of held-out cross-entropy, nats a token."""
+    begun, name = time.time(), f"{way}-{seed}"
+    torch.set_float32_matmul_precision("high")
+    if way == "teacher":
+        name = way
+        outcome = place.scratch(name, seed, "teacher", "teacher.jsonl", rate=1e-3, epochs=epochs)
+    elif way == "cache":
+        place.cache()
+        return {"way": way, "seed": seed, "wall": time.time() - begun}
+    elif way in ("scratch", "compute"):
+        epochs = 1 if way == "scratch" else COMPUTE
+        outcome = place.scratch(name, seed, "student", "student.jsonl", rate=2e-3, epochs=epochs)
+    else:
+        source = {
+            "local": {"teacher": str(place.out / "teacher")},
+            "cached": {"teacher_cache": str(place.out / "cache")},
+        }
+        outcome = place.distilled(name, seed, rate=2e-3, source=source[way])
+    if outcome != "done":
+        raise InterruptedError(f"{name} was told to stop, and goes on when this is called again")
+    log = records(place.out / name / LOG)
+    tokens = {line["step"]: line["tokens"] for line in log if "tokens" in line}
+    curve = [
+        {"tokens": tokens[line["step"]], "ce": line.get("eval_cross_entropy", line["eval_loss"])}
+        for line in log
+        if "eval_loss" in line
+    ]
+    seconds = next(line["seconds"] for line in reversed(log) if "seconds" in line)
     end = curve[-1]
-    return {"way": way, "seed": seed, "seconds": seconds, "ppl": math.exp(end["ce"]), **end, "curve": curve}
+    return {
+        "way": way, "seed": seed, **end, "ppl": math.exp(end["ce"]), "work": 1 if way == "scratch" else COMPUTE,
+        "seconds": seconds, "wall": round(time.time() - begun, 1), "curve": curve,
+    }  # fmt: skip
 
 
-def build(args: argparse.Namespace) -> Bench:
-    """The teacher and the text."""
-    device = torch.device(args.device)
-    backend = "flex" if device.type == "cuda" else "blocked"
-    source = Gguf(base_path())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher = Llama(source, adopted_config(source.hf_config()), dtype, device, BACKENDS[backend].load())
-    if args.compile:
-        teacher.compile()
-    turns = Turns(tokenizer())
+NEEDS = {"local": "teacher", "cache": "teacher", "cached": "cache"}
+"""What must be done before."""
 
-    def text(split: str) -> Tensor:
-        found = pieces(args.data, split, turns, ((LENGTH, 1.0),), seed=0)
-        return torch.tensor([piece.tolist() for piece in found if len(piece) == LENGTH])
 
-    return Bench(teacher, text("train"), text("heldout")[: args.heldout], args.rows, backend, device)
+def run_all(place: Place, epochs: float, jobs: int) -> bool:
+    """Do what is not done, `jobs` runs side by side; whether all went well."""
+    file = place.out / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(row["way"], row["seed"]) for row in rows}
+    plan = [("teacher", 0), *((way, seed) for way in ("compute", "scratch", "local") for seed in SEEDS)]
+    plan += [("cache", 0), *(("cached", seed) for seed in SEEDS)]
+    waiting = [task for task in plan if task not in done]
+    running: dict[Future[dict[str, Any]], tuple[str, int]] = {}
+    failed = False
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        while True:
+            for task in list(waiting):
+                if (NEEDS.get(task[0], ""), 0) in done | {("", 0)} and len(running) < jobs:
+                    waiting.remove(task)
+                    running[pool.submit(run, place, *task, epochs)] = task
+            if not running:
+                return not failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                if error := future.exception():
+                    failed = True
+                    print(f"{task}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                done.add(task)
+                with file.open("a") as lines:
+                    lines.write(json.dumps(future.result()) + "\n")
+                print({key: value for key, value in future.result().items() if key != "curve"}, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that recipes/mini/data.py filled")
+    parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py filled")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=5.1e6, help="that each student reads, `compute` more")
-    parser.add_argument("--rows", type=int, default=32, help=f"of {LENGTH} tokens in a batch")
-    parser.add_argument("--heldout", type=int, default=384, help="held-out rows")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=16, help=f"of {LENGTH} tokens in an update")
+    parser.add_argument("--epochs", type=float, default=3, help="times that the teacher reads its text")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=5 if torch.cuda.is_available() else 1, help="runs side by side")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = build(args)
-    steps = round(args.tokens / (args.rows * LENGTH))
-    print(
-        f"{student(bench, 0).config.num_parameters():,} parameters, {steps} steps, {len(bench.train_NT)} rows",
-        flush=True,
-    )
-    run(bench, "local", 0, 2, [])  # compiles
-    file = args.out / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    cache: list[Tensor] = []
-    for way in WAYS:
-        if way == "cached":
-            cache = [bench.taught(tokens_BT) for tokens_BT in bench.batches(steps)]
-        seconds = {w: [row["seconds"] / row["tokens"] for row in done if row["way"] == w] for w in WAYS}
-        longer = sum(seconds["local"]) / sum(seconds["scratch"]) if way == "compute" else 1
-        for seed in SEEDS:
-            if any((row["way"], row["seed"]) == (way, seed) for row in done):
-                continue
-            done.append(run(bench, way, seed, round(steps * longer), cache))
-            with file.open("a") as lines:
-                lines.write(json.dumps(done[-1]) + "\n")
-            print({key: value for key, value in done[-1].items() if key != "curve"}, flush=True)
+    for name, shape in {"student": STUDENT, "teacher": TEACHER}.items():
+        (args.out / f"{name}.json").write_text(json.dumps(shape))
+    place = Place(args.data.resolve(), args.out.resolve(), args.device, args.rows)
+    if not run_all(place, args.epochs, args.jobs):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
