@@ -7,11 +7,13 @@ the two heads, AdamW over fp32 masters. What must fit at once:
     teacher, bf16                                   9.24e9 x 2   18.5 GB
     student, bf16, with gradients in bf16           2.61e9 x 4   10.5 GB
     masters and both moments, fp32                  2.61e9 x 12  31.4 GB
-    the head's gradient, logits of a chunk, activations           about 5 GB
+    the head's gradient, the embedding's, its fp32 copy           4.7 GB
+    logits of a chunk, inputs of 26 blocks, one block             about 2.5 GB
+                                                        together about 67 GB of the 85 (79 GiB) of an H100
 
 The KL alone is compared with dense torch, which holds the logits of both sides in fp32.
 
-    python bench/distill_gpu.py [--parts kl step] [--length 4096]
+    python bench/distill_gpu.py [--parts kl step compiled] [--length 4096]
     python bench/distill_gpu.py --device cpu --length 64 --shrink 64 --steps 2      # a trial of the bench itself
 """
 
@@ -37,11 +39,11 @@ from gemwright.ops.attention import Attention
 from gemwright.ops.divergence import divergence
 from gemwright.ops.head import Head
 from gemwright.train.optimizer import AdamW
-from gemwright.train.speed import recompute_blocks
+from gemwright.train.speed import compile_blocks, recompute_blocks
 
 STUDENT, TEACHER, CAP = "gemma-2-2b", "gemma-2-9b", 30.0
-BUDGET: Final = 45.0
-"""Seconds after which no further step begins."""
+PARTS: Final = ("kl", "step", "compiled")
+"""The KL alone (first: dense, it needs room), the step as it is, and with the student's blocks compiled, as long runs have them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,77 +149,111 @@ def kl(sizes: Sizes) -> dict[str, Any]:
     return found
 
 
-def step(sizes: Sizes) -> dict[str, Any]:
-    """Updates of the student beside the teacher: seconds of each part, tokens a second, bytes at the peak."""
-    begin = time.perf_counter()
-    teacher, student = sizes.model(TEACHER, trained=False), sizes.model(STUDENT, trained=True)
-    recompute_blocks(student)
-    optimizer = AdamW(student.named_parameters())
-    there = Head(teacher.model.embed_tokens.weight.detach(), CAP)
-    pos_BT = torch.arange(sizes.length, device=sizes.device)[None]
-    generator = torch.Generator(sizes.device).manual_seed(1)
-    vocab = len(there.weight_VD)
-    seconds: dict[str, list[float]] = {}
-    losses: list[float] = []
-    if sizes.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ready = time.perf_counter() - begin
-    for _ in range(sizes.steps):
-        if losses and time.perf_counter() - begin > BUDGET:
-            break
-        tokens_BT = torch.randint(1, vocab, (1, sizes.length), device=sizes.device, generator=generator)
-        clock = [sizes.now()]
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Teacher and student on the device, and the student's optimizer."""
 
-        def lap(name: str, clock: list[float] = clock) -> None:
-            clock.append(sizes.now())
-            seconds.setdefault(name, []).append(clock[-1] - clock[-2])
+    sizes: Sizes
+    teacher: Gemma2
+    student: Gemma2
+    optimizer: AdamW
 
+    @classmethod
+    def make(cls, sizes: Sizes) -> Pair:
+        """Random weights."""
+        teacher, student = sizes.model(TEACHER, trained=False), sizes.model(STUDENT, trained=True)
+        return cls(sizes, teacher, student, AdamW(student.named_parameters()))
+
+    def wrap(self, *, compiled: bool) -> None:
+        """Let the student's blocks be computed again in backward, compiled or not."""
+        for block in self.student.model.layers:
+            block.__dict__.pop("forward", None)
+        if compiled:
+            compile_blocks(self.student)
+        recompute_blocks(self.student)
+
+    def update(self, tokens_BT: Tensor, pos_BT: Tensor) -> tuple[float, dict[str, float]]:
+        """One update: the divergence, and the seconds of each part."""
+        seconds: dict[str, float] = {}
+        clock = [self.sizes.now()]
+
+        def lap(name: str) -> None:
+            clock.append(self.sizes.now())
+            seconds[name] = clock[-1] - clock[-2]
+
+        ours = self.student.lm_head.weight
+        theirs = Head(self.teacher.model.embed_tokens.weight.detach(), CAP)
         with torch.no_grad():
-            taught_BTD = teacher(tokens_BT, pos_BT)
+            taught_BTD = self.teacher(tokens_BT, pos_BT)
         lap("teacher")
-        hidden_BTD = student(tokens_BT, pos_BT)
+        hidden_BTD = self.student(tokens_BT, pos_BT)
         lap("student forward")
-        total, count = divergence("forward_kl", hidden_BTD, Head(student.lm_head.weight, CAP), taught_BTD, there)
+        total, count = divergence("forward_kl", hidden_BTD, Head(ours, CAP), taught_BTD, theirs)
         lap("divergence")
         total.backward()  # type: ignore[no-untyped-call]
         lap("backward")
-        norm = float(optimizer.squares()) ** 0.5 / float(count)
-        optimizer.update(1e-4, min(1.0, 1 / (norm + 1e-6)) / float(count))
+        norm = float(self.optimizer.squares()) ** 0.5 / float(count)
+        self.optimizer.update(1e-4, min(1.0, 1 / (norm + 1e-6)) / float(count))
         lap("optimizer")
-        seconds.setdefault("step", []).append(clock[-1] - clock[0])
-        losses.append(float(total.detach() / count))
-    warm = {name: statistics.median(times[1:] or times) for name, times in seconds.items()}
+        seconds["step"] = clock[-1] - clock[0]
+        return float(total.detach() / count), seconds
+
+
+def steps(pair: Pair, until: float) -> dict[str, Any]:
+    """Updates of the student beside the teacher, until a moment at the latest; tokens a second, bytes at the peak."""
+    sizes = pair.sizes
+    pos_BT = torch.arange(sizes.length, device=sizes.device)[None]
+    generator = torch.Generator(sizes.device).manual_seed(1)
+    if sizes.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    losses: list[float] = []
+    laps: list[dict[str, float]] = []
+    while len(losses) < sizes.steps and (not losses or time.perf_counter() < until):
+        vocab = pair.teacher.config.vocab_size
+        tokens_BT = torch.randint(1, vocab, (1, sizes.length), device=sizes.device, generator=generator)
+        loss, seconds = pair.update(tokens_BT, pos_BT)
+        losses.append(loss)
+        laps.append(seconds)
+    warm = {name: statistics.median(lap[name] for lap in laps[1:] or laps) for name in laps[0]}
+    on_cuda = sizes.device == "cuda"
     return {
         "steps": len(losses),
         "first_kl": round(losses[0], 4),
         "last_kl": round(losses[-1], 4),
-        "making_s": round(ready, 1),
-        "first_step_s": round(seconds["step"][0], 1),
+        "first_step_s": round(laps[0]["step"], 1),
         "tokens_per_second": round(sizes.length / warm["step"], 1),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if sizes.device == "cuda" else None,
-        "device_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1) if sizes.device == "cuda" else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_cuda else None,
+        "device_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1) if on_cuda else None,
         "ms": {name: round(1e3 * value, 1) for name, value in warm.items()},
     }
 
 
 def main() -> None:
     """Run the parts; a line of JSON each, a table at the end, the same in $OUT/distill_gpu.json."""
+    begin = time.perf_counter()
     parser = argparse.ArgumentParser(description="Distillation on one GPU.")
-    parser.add_argument("--parts", nargs="+", default=["kl", "step"], choices=["kl", "step"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--shrink", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--budget", type=float, default=55.0, help="seconds after which no further step begins")
     options = parser.parse_args()
     sizes = Sizes(options.device, options.length, options.shrink, options.steps)
-    parts: dict[str, Callable[[Sizes], dict[str, Any]]] = {"kl": kl, "step": step}
-    found = {}
+    found: dict[str, Any] = {}
+    pair: Pair | None = None
     for name in options.parts:
         start = time.perf_counter()
-        found[name] = parts[name](sizes) | {"seconds": round(time.perf_counter() - start, 1)}
+        if name == "kl":
+            found[name] = kl(sizes)
+        else:
+            pair = pair or Pair.make(sizes)
+            pair.wrap(compiled=name == "compiled")
+            found[name] = steps(pair, begin + options.budget)
+        found[name]["seconds"] = round(time.perf_counter() - start, 1)
         print(json.dumps({name: found[name]}), flush=True)
-    if out := os.environ.get("OUT"):
-        (Path(out) / "distill_gpu.json").write_text(json.dumps(found, indent=1))
+        if out := os.environ.get("OUT"):
+            (Path(out) / "distill_gpu.json").write_text(json.dumps(found, indent=1))
     device = torch.cuda.get_device_name() if sizes.device == "cuda" else sizes.device
     print(f"| {device}, {sizes.length} tokens | |\n|---|---|")
     for name, values in found.items():
