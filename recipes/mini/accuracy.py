@@ -39,7 +39,7 @@ from gemwright.ops.loss import linear_logprob
 TASKS = {"arc_easy": 2376, "piqa": 1838, "hellaswag": 2000}
 """Items taken of each task, at most."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-CHUNK = {"cpu": 64, "cuda": 1024}
+CHUNK = {"cpu": 64, "cuda": 512}
 """Items that are scored and written at a time."""
 
 

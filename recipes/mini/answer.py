@@ -1,6 +1,6 @@
 """Let the source model answer the prompts, in its own ChatML with its default system text, and store the chats.
 
-    python recipes/mini/answer.py --data DIR [--cells 1200000] [--seconds 60] [--device cuda]
+    python recipes/mini/answer.py --data DIR [--cells 900000] [--seconds 60] [--device cuda]
 
 reads DIR/prompts.jsonl and writes DIR/tokens/{train,heldout}-chats-NNN.bin (`pairs.py` has the layout), a file a batch.
 A batch whose file is there is skipped, so a run that was interrupted goes on; `--seconds` ends a run between batches.
@@ -90,7 +90,7 @@ def teacher(device: torch.device, dtype: torch.dtype) -> Llama:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cells", type=int, default=1_200_000, help="positions that a batch's cache holds")
+    parser.add_argument("--cells", type=int, default=900_000, help="positions that a batch's cache holds")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

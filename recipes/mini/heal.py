@@ -11,6 +11,9 @@ same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. A
 student answers prompts itself at temperature 1, and these documents take part from then on: on-policy distillation
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
+Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds.
+On CUDA the passes of both models are graphs: launching them would take longer than computing them.
+
 The rate follows the wall clock (warm-up, then a linear decay to 0), so that a run fits its time; compilation comes
 before. `state.safetensors` is written now and then, and a run that finds one goes on from there.
 
@@ -29,7 +32,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +60,10 @@ from gemwright.train.speed import compile_blocks
 
 SHARES = {"prose": 0.5, "chats": 0.5}
 OWN_SHARE = 0.5
-ROLLOUTS = (0.6, 0.8)
+ROLLOUTS = (0.4, 0.7)
 """Progress at which the student answers prompts itself."""
+FACTORED = 0.6
+"""Progress at which the updates become factors."""
 NEW_TOKENS = 256
 WARMUP = 20
 LONG = 4096
@@ -76,6 +81,8 @@ class Pair:
     llama: Llama
     turns: Turns
     device: torch.device
+    teach: Callable[..., Tensor]
+    """The teacher's hidden states."""
 
     @property
     def model(self) -> Gemma2:
@@ -89,7 +96,7 @@ class Pair:
     def hidden(self, row: Row) -> tuple[Tensor, Tensor]:
         """Hidden states of both, [T, D], the teacher's at each student token's partner."""
         with torch.no_grad():
-            theirs_TD = self.llama(*row.teacher)[0][row.partner_T]
+            theirs_TD = self.teach(*row.teacher)[0][row.partner_T]
         return self.model(*row.student)[0], theirs_TD
 
     def kl(self, row: Row) -> Tensor:
@@ -97,6 +104,24 @@ class Pair:
         ours_TD, theirs_TD = self.hidden(row)
         sides = ours_TD[row.taken_X], self.head, theirs_TD[row.taken_X], Head(self.llama.head, None)
         return divergence("forward_kl", *sides)[0] / len(row.taken_X)
+
+    def record(self, row: Row) -> None:
+        """From here on the passes over rows of this length are CUDA graphs, which read the weights where they lie."""
+        torch.cuda.make_graphed_callables(self.model, tuple(x.clone() for x in row.student))
+        tokens_BT, pos_BT, doc_BT = inputs = tuple(x.clone() for x in row.teacher)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            self.llama(tokens_BT, pos_BT, doc_BT)
+            with torch.cuda.graph(graph):
+                theirs_BTD = self.llama(tokens_BT, pos_BT, doc_BT)
+
+        def teach(*given: Tensor) -> Tensor:
+            for kept, new in zip(inputs, given, strict=True):
+                kept.copy_(new)
+            graph.replay()
+            return theirs_BTD
+
+        self.teach = teach
 
 
 def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
@@ -167,8 +192,8 @@ def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> t
 
 
 def rate(progress: float, step: int) -> float:
-    """Share of the full rate."""
-    return min(1.0, (step + 1) / WARMUP, max(0.0, 1 - progress))
+    """Share of the full rate, `step` steps after the optimizer was made."""
+    return min(1.0, (step + 1) / WARMUP) * max(0.0, 1 - progress)
 
 
 class Run:
@@ -177,12 +202,15 @@ class Run:
     def __init__(self, pair: Pair, args: argparse.Namespace) -> None:
         self.pair, self.args, self.out = pair, args, args.out
         self.out.mkdir(parents=True, exist_ok=True)
-        parameters = list(pair.student.trained.values())
-        self.optimizer = torch.optim.AdamW(
-            pair.student.groups(), lr=args.rate, betas=BETAS, weight_decay=0.0, fused=True
-        )
         self.step, self.tokens, self.elapsed, self.rounds = 0, 0, 0.0, 0
-        print(f"{sum(p.numel() for p in parameters):,} trained numbers", flush=True)
+        self.begin()
+
+    def begin(self) -> None:
+        """Train what the student's trained numbers are by now."""
+        self.begun = self.step
+        groups = self.pair.student.groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.rate, betas=BETAS, weight_decay=0.0, fused=True)
+        print(f"{sum(p.numel() for p in self.pair.student.trained.values()):,} trained numbers", flush=True)
 
     def log(self, row: dict[str, Any]) -> None:
         """A line of log.jsonl, with where the run stands."""
@@ -191,12 +219,16 @@ class Run:
             file.write(json.dumps(row) + "\n")
         print(" ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
+    @property
+    def progress(self) -> float:
+        """Share of the time that is over."""
+        return float(self.elapsed / (self.args.minutes * 60))
+
     def update(self, row: Row) -> tuple[Tensor, Tensor]:
         """One step; the mean KL of its batch and the gradient's norm."""
         student, parameters = self.pair.student, list(self.pair.student.trained.values())
-        progress = self.elapsed / (self.args.minutes * 60)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.rate * group["speed"] * rate(progress, self.step)
+            group["lr"] = self.args.rate * group["speed"] * rate(self.progress, self.step - self.begun)
         student.write()
         kl = self.pair.kl(row)
         kl.backward()  # type: ignore[no-untyped-call]
@@ -219,8 +251,12 @@ class Run:
         stream = prefetched(rows(iter(mixture), pair.turns, args.tokens), pair.device)
         self.warm_up(next(stream))
         last, shown, saved = time.monotonic(), 0.0, 0.0
-        while self.elapsed < args.minutes * 60:
-            marks = [mark for mark in ROLLOUTS if args.rollouts and mark * args.minutes * 60 <= self.elapsed]
+        while self.progress < 1:
+            if pair.student.rank is None and self.progress >= args.factored:
+                pair.student.factor(args.rank)
+                self.begin()
+                self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
+            marks = [mark for mark in ROLLOUTS if args.rollouts and mark <= self.progress]
             if len(marks) > self.rounds:
                 self.rounds = len(marks)
                 pair.student.write()
@@ -250,14 +286,21 @@ class Run:
             mixture.set("chats", found, SHARES["chats"])
 
     def warm_up(self, row: Row) -> None:
-        """Compile everything: one step whose gradients are thrown away."""
-        start = time.monotonic()
-        self.pair.student.write()
-        kl = self.pair.kl(row)
-        kl.backward()  # type: ignore[no-untyped-call]
-        self.pair.student.collect()
-        self.optimizer.zero_grad(set_to_none=True)
-        print(f"compiled and ran one step in {time.monotonic() - start:.1f} s, KL {float(kl.detach()):.3f}", flush=True)
+        """Compile and record everything, with steps whose gradients are thrown away."""
+        start, found = time.monotonic(), []
+        for recorded in (False, True) if self.args.record else (False,):
+            if recorded:
+                self.pair.record(row)
+            self.pair.student.write()
+            kl = self.pair.kl(row)
+            kl.backward()  # type: ignore[no-untyped-call]
+            self.pair.student.collect()
+            norm = torch.nn.utils.get_total_norm(
+                p.grad for p in self.pair.student.trained.values() if p.grad is not None
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            found.append(f"KL {float(kl.detach()):.4f}, gradient {float(norm):.4f}")
+        print(f"compiled in {time.monotonic() - start:.1f} s; {'; recorded: '.join(found)}", flush=True)
 
     def measure(self, heldout: dict[str, list[Tokens]], limit: int) -> None:
         """Held-out numbers of the weights as they are, to the log."""
@@ -271,8 +314,9 @@ class Run:
         state: dict[str, Tensor] = {}
         for name, parameter in self.pair.student.trained.items():
             kept = self.optimizer.state[parameter]
-            state |= {f"value/{name}": parameter.detach()} | {f"{key}/{name}": value for key, value in kept.items()}
-        counts = {key: str(getattr(self, key)) for key in ("step", "tokens", "elapsed", "rounds")}
+            state |= {f"value/{name}": parameter.detach(), f"size/{name}": self.pair.student.sizes[name]}
+            state |= {f"{key}/{name}": value for key, value in kept.items()}
+        counts = {key: str(getattr(self, key)) for key in ("step", "tokens", "elapsed", "rounds", "begun")}
         save_file(state, self.out / "state.new", metadata=counts)
         (self.out / "state.new").replace(self.out / "state.safetensors")
 
@@ -282,12 +326,18 @@ class Run:
         if not path.exists():
             return
         with safe_open(path, framework="pt", device=str(self.pair.device)) as file:
-            counts = file.metadata()
-            for name, parameter in self.pair.student.trained.items():
+            counts, student = file.metadata(), self.pair.student
+            if student.rank is None and any(name.endswith("lora_A") for name in file.keys()):  # noqa: SIM118
+                student.factor(self.args.rank)
+                self.begin()
+            for name, parameter in student.trained.items():
                 parameter.data.copy_(file.get_tensor(f"value/{name}"))
+                student.sizes[name] = file.get_tensor(f"size/{name}")
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimizer.state[parameter] = {key: file.get_tensor(f"{key}/{name}") for key in keys}
-        self.step, self.tokens, self.rounds = (int(counts[key]) for key in ("step", "tokens", "rounds"))
+        self.step, self.tokens, self.rounds, self.begun = (
+            int(counts[key]) for key in ("step", "tokens", "rounds", "begun")
+        )
         self.elapsed = float(counts["elapsed"])
         print(f"resumed at step {self.step}", flush=True)
 
@@ -309,12 +359,12 @@ def build(args: argparse.Namespace) -> Pair:
         model = Gemma2(config, Attention(train=backend, prefill="blocked", decode="blocked"))
     model = model.to_empty(device=device).to(dtype)
     model.tie()
-    student = Student(model, weights, None if args.full else args.rank)
+    student = Student(model, weights, None if args.factored > 0 else args.rank)
     student.write()
     if args.compile:
         llama.compile()
         compile_blocks(model)
-    return Pair(student, llama, turns, device)
+    return Pair(student, llama, turns, device, llama)
 
 
 def arguments() -> argparse.Namespace:
@@ -324,7 +374,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run (train); an interrupted run resumes")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run in wall-clock minutes")
     parser.add_argument("--delta", type=Path, help="evaluate this delta; without it the adopted model as it is")
-    parser.add_argument("--full", action="store_true", help="train whole matrices; the delta is then extracted")
+    parser.add_argument(
+        "--factored",
+        type=float,
+        default=FACTORED,
+        help="progress at which updates become factors; 0: they are from the start",
+    )
     parser.add_argument("--rank", type=int, default=52, help="of the delta's updates")
     parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
@@ -335,6 +390,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--attention", default="flex" if torch.cuda.is_available() else "blocked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

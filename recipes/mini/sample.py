@@ -82,27 +82,52 @@ def sample(
     """
     device, longest = generator.device, max(map(len, prompts))
     size = len(prompts), longest + new_tokens
+    paged = reads_in_place(device, dtype)
     cache = (
         Rows(config, *size, dtype, device)
-        if reads_in_place(device, dtype)
+        if paged
         else KVCache(config, *size, chunk=longest, dtype=dtype, device=device)
     )
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     heat_B1 = torch.tensor(temperatures, device=device)[:, None]
     hidden_BTD = read(*pad(prompts, 0, longest, device), cache=cache)
-    hidden_BD = hidden_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
-    drawn, ended_B = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(new_tokens):
+    hidden_BD = hidden_BTD[torch.arange(len(prompts), device=device), lengths_B - 1].clone()
+    drawn_TB = torch.full((new_tokens, len(prompts)), -1, device=device)
+    ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    at_1 = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        """Draw a token of each row and read it; all that changes is changed in its place."""
         scores_BV = logits(hidden_BD).float().div_(heat_B1)
         scores_BV -= torch.empty_like(scores_BV).exponential_(generator=generator).log_()
         token_B = torch.where(ended_B, -1, scores_BV.argmax(-1))
-        drawn.append(token_B)
-        ended_B |= token_B == END
-        if step % 16 == 15 and int(ended_B.sum()) > 0.97 * len(prompts):
+        drawn_TB.index_copy_(0, at_1, token_B[None])
+        ended_B.logical_or_(token_B == END)
+        pos_B = torch.where(ended_B, PADDING, lengths_B + at_1)
+        hidden_BD.copy_(read(token_B.clamp(min=0)[:, None], pos_B[:, None], cache=cache)[:, 0])
+        at_1.add_(1)
+
+    again: Callable[[], None] = step
+    for done in range(1, new_tokens + 1):
+        again()
+        if done == 1 and paged and device.type == "cuda":
+            again = recorded(step, generator)
+        if done % 16 == 0 and int(ended_B.sum()) > 0.97 * len(prompts):
             break
-        pos_B = torch.where(ended_B, PADDING, lengths_B + step)
-        hidden_BD = read(token_B.clamp(min=0)[:, None], pos_B[:, None], cache=cache)[:, 0]
-    return [[token for token in row if token >= 0] for row in torch.stack(drawn, dim=1).tolist()]
+    return [[token for token in row if token >= 0] for row in drawn_TB.T.tolist()]
+
+
+def recorded(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    """The step as a CUDA graph: its launches take longer than its arithmetic. As it is, and a word, if that fails."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        print(f"not recorded: {error}", flush=True)
+        return step
+    return graph.replay
 
 
 def degenerate(ids: Sequence[int]) -> bool:

@@ -32,6 +32,8 @@ from gemwright.model import Gemma2
 SPEEDS = {"weight": 2.0, "lora_A": 5.0, "lora_B": 1.0, "update": 4.0}
 """How fast each kind of number learns, as a factor of the rate. lora_B starts at 0 and has no size of its own: at rate
 1e-3 and rank 52 a step may change an output by 4 % of its input, which is as much as it bears."""
+FACTOR_SPEED = 2.0
+"""Of both factors of an update that was learned whole: they have their size."""
 
 
 class Loaded:
@@ -59,7 +61,7 @@ class Student:
     """
 
     def __init__(self, model: Gemma2, weights: dict[str, Tensor], rank: int | None) -> None:
-        self.model, self.rank = model, rank
+        self.model, self.rank, self.speeds = model, rank, SPEEDS
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(weights["model.embed_tokens.weight"])
         model.model.embed_tokens.weight.requires_grad_(False)
@@ -103,7 +105,29 @@ class Student:
             self._train(f"{stem}.lora_B", base.new_zeros(L, O, self.rank), base.new_tensor(1.0))
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
-        self.trained[name], self.sizes[name] = nn.Parameter(value.clone()), size
+        self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
+
+    @torch.no_grad()
+    def factor(self, rank: int) -> None:
+        """From here on train low-rank factors, the best ones of the updates that were learned whole.
+
+        A full update learns faster, and its best factors are further than factors trained from the start: after a
+        million tokens each, held-out KL 0.34 in full, 0.37 factored, 0.44 to 0.49 trained as factors (rank 52).
+        """
+        for kind, base in self.base.items():
+            if base.dim() == 2:
+                continue
+            stem, update = kind.removesuffix(".weight"), self._update(kind)
+            del self.trained[f"{stem}.update"], self.sizes[f"{stem}.update"]
+            u_LOr, s_Lr, v_LIr = torch.svd_lowrank(update, q=min(rank + 8, *update.shape[1:]), niter=4)
+            root_L1r = s_Lr[:, None, :rank].sqrt()
+            for name, factor in (
+                ("lora_A", (v_LIr[..., :rank] * root_L1r).mT),
+                ("lora_B", u_LOr[..., :rank] * root_L1r),
+            ):
+                size_L11 = factor.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+                self._train(f"{stem}.{name}", factor / size_L11, size_L11)
+        self.rank, self.speeds = rank, {**SPEEDS, "lora_A": FACTOR_SPEED, "lora_B": FACTOR_SPEED}
 
     def _value(self, name: str) -> Tensor:
         return self.trained[name] * self.sizes[name]
@@ -142,7 +166,7 @@ class Student:
         kinds: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.trained.items():
             kinds.setdefault(name.rpartition(".")[2], []).append(parameter)
-        return [{"params": found, "speed": SPEEDS[kind]} for kind, found in kinds.items()]
+        return [{"params": found, "speed": self.speeds[kind]} for kind, found in kinds.items()]
 
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
