@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gemwright.model import Gemma2
+from gemwright.ops.cpu import keep_memory
 from gemwright.train.distributed import World
 from gemwright.train.export import Export
 from gemwright.train.optimizer import AdamW, Schedule
@@ -167,6 +168,8 @@ class Trainer:
     def train(self) -> Outcome:
         """Run to the last update, or to SIGTERM; the model is in output_dir after the former."""
         config = self.config
+        if self.world.device.type == "cpu":
+            keep_memory()
         self._start()
         progress = Progress(
             self.checkpoints.out,
