@@ -55,7 +55,7 @@ def faults_of_a_tensor(call: str) -> tuple[bool, int, int]:
 
 @needs_glibc
 def test_memory_is_kept() -> None:
-    """A tensor of 64 MiB after one of 64 MiB meets no fresh page; without, 16384 of them (32 where the kernel gives huge ones)."""
+    """A tensor of 64 MiB after one of 64 MiB meets no fresh page; without, 16384 of them, or 32 huge ones."""
     kept, faults, reserved = faults_of_a_tensor("keep_memory()")
     assert kept
     assert faults < 100
