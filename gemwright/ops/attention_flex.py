@@ -5,7 +5,8 @@ Which blocks are skipped follows from the smallest and largest position and docu
 queries and keys is ever made.
 Positions, documents, window, scale and cap all reach the kernel as captured tensors: their values may change without
 compiling again, and local and global layers share one kernel. (A float that changes in the closure would become a
-symbol, which the compiler of torch 2.13 cannot lower.)
+symbol, which the compiler of torch 2.13 cannot lower.) Numbers are filled in on the device: nothing is waited for, and a
+CUDA graph may hold the pass.
 
 On CPU the kernel runs forward alone (torch 2.13 has no CPU backward), which is how its arithmetic is tested without a
 GPU. There lengths are padded to whole blocks: its product q . k writes past the end of the scores where the last keys
@@ -58,7 +59,7 @@ def block_mask(see: Visibility) -> BlockMask:
     """The block mask of a Visibility; the same rule as `Visibility.mask`, one element at a time."""
     q_pos, k_pos = _pad(see.q_pos_BT, PADDING), _pad(see.k_pos_BS, EMPTY)
     docs = None if see.q_doc_BT is None or see.k_doc_BS is None else (_pad(see.q_doc_BT), _pad(see.k_doc_BS))
-    window = torch.tensor(see.window or EMPTY, device=q_pos.device)  # every distance is below EMPTY
+    window = torch.full((), see.window or EMPTY, device=q_pos.device)  # every distance is below EMPTY
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen = (k_pos[b, s] <= q_pos[b, t]) & (k_pos[b, s] >= 0) & (q_pos[b, t] - k_pos[b, s] < window)
@@ -113,8 +114,8 @@ def score_mod(scale: float, cap: float | None, device: torch.device, *, exact: b
     Not exact: tanh x = 2 sigmoid 2x - 1, off by 1e-7 of the cap where x is small, a hundredth of what bf16 keys do. It
     takes a fifth of the instructions of the library's tanh, which the backward pass computes twice more.
     """
-    scale_ = torch.tensor(scale if cap is None else scale / cap, device=device)
-    cap_ = None if cap is None else torch.tensor(cap, device=device)
+    scale_ = torch.full((), scale if cap is None else scale / cap, device=device)
+    cap_ = None if cap is None else torch.full((), cap, device=device)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if cap_ is None:
