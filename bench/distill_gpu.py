@@ -43,7 +43,7 @@ from gemwright.train.speed import compile_blocks, recompute_blocks
 
 STUDENT, TEACHER, CAP = "gemma-2-2b", "gemma-2-9b", 30.0
 PARTS: Final = ("kl", "step", "compiled")
-"""The KL alone (first: dense, it needs room), the step as it is, and with the student's blocks compiled, as long runs have them."""
+"""The KL alone (first: dense wants the room), the step as it is, and the step with the student's blocks compiled."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,12 @@ from gemwright.data.sources import open_source
 from gemwright.engine.engine import Engine
 from gemwright.loader import load_model
 from gemwright.tokenizer import Tokenizer
+from gemwright.train import room
 from gemwright.train.distributed import World
 from gemwright.train.lessons import Lessons
 from gemwright.train.on_policy import OnPolicy, Speaker, prompts
 from gemwright.train.progress import LOG, records
+from gemwright.train.room import Memory, Room
 from gemwright.train.trainer import Diverged
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def generator(
     *,
     rank: int = 0,
     world: int = 1,
-    stops: frozenset[int] = STOPS,
+    device: torch.device = CPU,
 ) -> OnPolicy:
     """On-policy batches over a student's folder, as a run of SHORT makes them."""
     line = f"--model_name {student} --teacher t --dataset_name d --output_dir o {fixtures.SHORT} --lmbda 1 {flags}"
@@ -58,8 +60,10 @@ def generator(
         length=config.max_seq_length, rows=config.per_device_train_batch_size, seed=config.seed,
         packing=config.packing, rank=rank, world=world,
     )  # fmt: skip
-    alone = World(rank, world, CPU)
-    speaker = Speaker(load_model(student, device=CPU, pack=False), alone, learns=True, dtype=torch.float32)
+    alone = World(rank, world, device)
+    speaker = Speaker(
+        load_model(student, device=device, dtype=torch.float32, pack=False), alone, learns=True, dtype=torch.float32
+    )
     lessons = Lessons(Loader(documents, batching, epochs=None), None)
     return OnPolicy(lessons, config, alone, student=speaker, teacher=None, stop_ids=STOPS)
 
@@ -130,6 +134,19 @@ def test_the_kl_to_the_teacher_falls_on_policy(tmp_path: Path, pair: tuple[Path,
     assert evaluated == sorted(evaluated, reverse=True) and evaluated[-1] < 0.6 * evaluated[0], evaluated
 
 
+@pytest.mark.slow
+def test_compiled_blocks_generate_and_learn_as_eager_ones(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """The engine's twin leaves the compiled blocks to training; answers and losses are those of an eager run."""
+    student, teacher = pair
+    data = rows(tmp_path / "rows.jsonl")
+    line = f"--model_name {student} --teacher {teacher} --lmbda 0.6 --max_new_tokens 6 --gradient_checkpointing"
+    for name in ("off", "on"):
+        assert distill(data, tmp_path / name, f"{line} --compile {name}") == 0
+    torch.testing.assert_close(losses(tmp_path / "on"), losses(tmp_path / "off"), rtol=1e-3, atol=0)
+    made = [[line.get("generated_tokens") for line in records(tmp_path / name / LOG)] for name in ("on", "off")]
+    assert made[0] == made[1] and any(made[0])
+
+
 @pytest.mark.parametrize("flags", ["", "--use_peft --lora_r 4 --packing --seq_kd --lmbda 0.5 --gradient_checkpointing"])
 def test_a_resumed_run_generates_the_same(tmp_path: Path, pair: tuple[Path, Path], flags: str) -> None:
     """Bit for bit; a share of batches from the data or the teacher, and answers from the student."""
@@ -162,6 +179,53 @@ def test_each_rank_answers_its_own_prompts(tmp_path: Path, pair: tuple[Path, Pat
         # processes of its own for each run: who meets again at the same port may find the store of the run before
         together(on_a_rank, str(data), str(tmp_path / name), f"{line} {flags}")
         torch.testing.assert_close(losses(tmp_path / name), expected, rtol=1e-4, atol=0)
+
+
+def test_there_is_room_beside_the_largest_step_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, for a limit of 1000: never the first time, then beside the peak of the updates, and never again once the
+    peak with the engine's memory in it is too high. A CPU has none to record."""
+    told = Memory(0, 0, 1000)
+    monkeypatch.setattr(room, "cuda_memory", lambda device: told)
+    place = Room(torch.device("cuda"))
+    stayed = []
+    for before, after, peak in ((100, 250, 260), (100, 250, 690), (250, 250, 700), (250, 260, 860), (100, 250, 860)):
+        told = Memory(before, 0, 1000)
+        place.enter()
+        told = Memory(after, peak, 1000)
+        stayed.append(place.leave())
+    assert stayed == [False, True, True, False, False]
+    told = Memory(250, 710, 1000)  # 150 held: 860 of 850
+    other = Room(torch.device("cuda"))
+    assert not other.leave() and not other.leave()
+    assert not Room(CPU).leave()
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_stays_answers_as_what_is_made_again(
+    tmp_path: Path, pair: tuple[Path, Path], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights change in place between batches. On CUDA the recorded passes are the same objects from the second use
+    on, and nothing is recorded twice."""
+    device = torch.device(place)
+    data = rows(tmp_path / "rows.jsonl")
+    kept, remade = (generator(pair[0], data, tmp_path, "--max_new_tokens 9", device=device) for _ in range(2))
+    monkeypatch.setattr(remade.student._room, "leave", lambda: False)
+    if place == "cpu":
+        monkeypatch.setattr(kept.student._room, "leave", lambda: True)
+    caches, steps = [], []
+    for _ in range(4):
+        one, other = next(kept).batch, next(remade).batch
+        assert torch.equal(one.tokens_BT, other.tokens_BT) and torch.equal(one.weights_BT, other.weights_BT)
+        engine = kept.student._engine
+        assert engine is not None
+        caches.append(engine._cache)
+        steps.append(engine._steps)
+        with torch.no_grad():
+            for parameter in (*kept.student.model.parameters(), *remade.student.model.parameters()):
+                parameter.mul_(1.05)
+    assert caches[1] is caches[2] is caches[3] is not None
+    if place == "cuda":
+        assert steps[0] is None and steps[1] is steps[2] is steps[3] is not None
 
 
 def test_a_student_that_generates_nothing_is_counted(tmp_path: Path, pair: tuple[Path, Path]) -> None:

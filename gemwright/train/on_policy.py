@@ -11,13 +11,15 @@ and counted. Counted, too, is an answer that ends at once: the student chose to 
 
 The draw's noise is a function of the seed, the batch, the rank and the prompt, so a resumed run generates the same.
 Each rank answers its own prompts; of a sharded student it makes itself a whole copy for that time. The engine's keys
-and values are let go before the update.
+and values, and on CUDA its recorded passes, are let go before the update; on CUDA they stay where the device has room
+for them beside the largest step seen so far (`Room`): weights change in place, so a pass that was recorded stays true.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,6 +40,7 @@ from gemwright.sampling import SamplingParams
 from gemwright.train.distill_options import DistillConfig
 from gemwright.train.distributed import World
 from gemwright.train.lessons import Lessons, Taught
+from gemwright.train.room import Room
 
 ROWS: Final = 32
 """Answers that grow at the same time."""
@@ -197,10 +200,13 @@ class Speaker:
     def __init__(self, model: Gemma2, world: World, *, learns: bool, dtype: torch.dtype) -> None:
         self.model, self.world, self.learns, self.dtype = model, world, learns, dtype
         self._engine: Engine | None = None
+        self._room = Room(world.device)
 
-    def awake(self, length: int) -> _Awake:
-        """A context that gives the engine, up to date, and lets its memory go at the end."""
+    @contextmanager
+    def awake(self, length: int) -> Iterator[Engine]:
+        """The engine, up to date; its memory is let go at the end, or stays where there is room."""
         sharded = self.learns and self.world.mesh is not None
+        self._room.enter()
         if self._engine is None:
             model = self.model if not self.learns else self._copy()
             self._engine = Engine(model, rows=ROWS, budget=BUDGET, cache_tokens=ROWS * (length + BUDGET))
@@ -210,26 +216,17 @@ class Speaker:
         engine = self._engine
         if sharded:
             self._engine = None  # the whole copy goes, too
-        return _Awake(engine)
+        try:
+            yield engine
+        finally:
+            stays = self._room.leave() and not sharded
+            if not stays and not engine.busy:
+                engine.release()
 
     def _copy(self) -> Gemma2:
         if self.world.mesh is None:
             return twin(self.model)
         return twin(whole(self.model, self.world, self.dtype))
-
-
-class _Awake:
-    """An engine in use."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def __enter__(self) -> Engine:
-        return self.engine
-
-    def __exit__(self, *error: object) -> None:
-        if not self.engine.busy:
-            self.engine.release()
 
 
 @torch.no_grad()
