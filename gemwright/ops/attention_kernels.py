@@ -31,32 +31,26 @@ NOWHERE = tl.constexpr(2**30)
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    x, b, start, head, L, step_b, step_l, step_n, H: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    TMA: tl.constexpr,
+    x, b, start, head, L, step_b, step_l, step_n, h, H: tl.constexpr, ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Positions from `start` of one head, [ROWS, WIDE]; zeros past the length L and past H. `x` is a descriptor or a
-    pointer."""
-    if TMA:
-        tile = x.load([b, start, head, 0]).reshape(ROWS, WIDE)
+    """Positions from `start` of one head at the places h, [ROWS, len(h)]; zeros past the length L and past H."""
+    l = start + tl.arange(0, ROWS)
+    place = x + b.to(tl.int64) * step_b + head.to(tl.int64) * step_n
+    place = place + l.to(tl.int64)[:, None] * step_l + h[None, :]
+    if EVEN:
+        tile = tl.load(place, mask=(l < L)[:, None], other=0.0)
     else:
-        l = start + tl.arange(0, ROWS)
-        h = tl.arange(0, WIDE)
-        place = x + b.to(tl.int64) * step_b + head.to(tl.int64) * step_n
-        place = place + l.to(tl.int64)[:, None] * step_l + h[None, :]
-        if H == WIDE:
-            tile = tl.load(place, mask=(l < L)[:, None], other=0.0)
-        else:
-            tile = tl.load(place, mask=(l < L)[:, None] & (h < H)[None, :], other=0.0)
+        tile = tl.load(place, mask=(l < L)[:, None] & (h < H)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def _put(  # type: ignore[no-untyped-def]
-    x, tile, b, start, head, L, step_b, step_l, step_n, H: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr
+    x, tile, b, start, head, L, step_b, step_l, step_n, h, H: tl.constexpr, ROWS: tl.constexpr
 ):
     """Write what `_tile` reads."""
     l = start + tl.arange(0, ROWS)
-    h = tl.arange(0, WIDE)
     place = x + b.to(tl.int64) * step_b + head.to(tl.int64) * step_n
     place = place + l.to(tl.int64)[:, None] * step_l + h[None, :]
     tl.store(place, tile.to(x.dtype.element_ty), mask=(l < L)[:, None] & (h < H)[None, :])
@@ -175,20 +169,20 @@ def _attend(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, SHIFT: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b, n = tl.program_id(0) // N, tl.program_id(0) % N
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # under a causal mask the last see most: they begin first
+    h = tl.arange(0, WIDE)
     spans += (b * tl.num_programs(1) + block) * 4
     first, last, begin, end = tl.load(spans), tl.load(spans + 1), tl.load(spans + 2), tl.load(spans + 3)
     at, doc_at = _places(q_pos, q_doc, b, block * M, T, M, DOCS)
-    query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, H, WIDE, M, TMA)
+    query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
     top = tl.full((M,), -float("inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, WIDE), tl.float32)
     for j in range(first, last):
-        key = _tile(k, b, j * J, n // G, S, k_b, k_s, k_n, H, WIDE, J, TMA)
+        key = _tile(k, b, j * J, n // G, S, k_b, k_s, k_n, h, H, J, H == WIDE)
         raw = tl.dot(query, key.T, input_precision=PRECISION)
         scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
         if (j < begin) | (j >= end):
@@ -206,11 +200,11 @@ def _attend(  # type: ignore[no-untyped-def]
             top = most
         weights = tl.exp2(scores)
         total += tl.sum(weights, 1)
-        value = _tile(v, b, j * J, n // G, S, v_b, v_s, v_n, H, WIDE, J, TMA)
+        value = _tile(v, b, j * J, n // G, S, v_b, v_s, v_n, h, H, J, H == WIDE)
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision=PRECISION)
     blind = total == 0.0
     mixed = mixed / tl.where(blind, 1.0, total)[:, None]
-    _put(out, mixed, b, block * M, n, T, T * N * H, N * H, H, H, WIDE, M)
+    _put(out, mixed, b, block * M, n, T, T * N * H, N * H, H, h, H, M)
     t = block * M + tl.arange(0, M)
     found = tl.log2(total)
     if SHIFT:
@@ -224,26 +218,27 @@ def _query_side(  # type: ignore[no-untyped-def]
     q, k, v, out, dout, lse, inner, dq, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, slant,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, and for `_key_side` the inner products of outputs and their gradients, [B, N, T]."""
     b, n = tl.program_id(0) // N, tl.program_id(0) % N
     block = tl.num_programs(1) - 1 - tl.program_id(1)
+    h = tl.arange(0, WIDE)
     spans += (b * tl.num_programs(1) + block) * 4
     first, last, begin, end = tl.load(spans), tl.load(spans + 1), tl.load(spans + 2), tl.load(spans + 3)
     at, doc_at = _places(q_pos, q_doc, b, block * M, T, M, DOCS)
     t = block * M + tl.arange(0, M)
     row = (b.to(tl.int64) * N + n) * T + t
-    grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, H, WIDE, M, TMA)
-    made = _tile(out, b, block * M, n, T, T * N * H, N * H, H, H, WIDE, M, False)
+    grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
+    made = _tile(out, b, block * M, n, T, T * N * H, N * H, H, h, H, M, H == WIDE)
     less = tl.sum(grad.to(tl.float32) * made.to(tl.float32), 1)
     tl.store(inner + row, less, mask=t < T)
     shift = tl.load(lse + row, mask=t < T, other=float("inf"))
-    query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, H, WIDE, M, TMA)
+    query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
     total = tl.zeros((M, WIDE), tl.float32)
     for j in range(first, last):
-        key = _tile(k, b, j * J, n // G, S, k_b, k_s, k_n, H, WIDE, J, TMA)
-        value = _tile(v, b, j * J, n // G, S, v_b, v_s, v_n, H, WIDE, J, TMA)
+        key = _tile(k, b, j * J, n // G, S, k_b, k_s, k_n, h, H, J, H == WIDE)
+        value = _tile(v, b, j * J, n // G, S, v_b, v_s, v_n, h, H, J, H == WIDE)
         raw = tl.dot(query, key.T, input_precision=PRECISION)
         dweights = tl.dot(grad, value.T, input_precision=PRECISION)
         scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
@@ -254,7 +249,7 @@ def _query_side(  # type: ignore[no-untyped-def]
             weights = tl.where(seen, weights, 0.0)
         dscores = weights * (dweights - less[:, None]) * slope
         total = tl.dot(dscores.to(key.dtype), key, total, input_precision=PRECISION)
-    _put(dq, total * slant, b, block * M, n, T, T * N * H, N * H, H, H, WIDE, M)
+    _put(dq, total * slant, b, block * M, n, T, T * N * H, N * H, H, h, H, M)
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])
@@ -262,18 +257,19 @@ def _key_side(  # type: ignore[no-untyped-def]
     q, k, v, dout, lse, inner, dk, dv, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, slant,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dK (with KEYS) and dV (with VALUES): both sums together may not fit the registers."""
     K: tl.constexpr = N // G
     b, kv, block = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    h = tl.arange(0, WIDE)
     spans += (b * tl.num_programs(1) + block) * 4
     first, last, begin, end = tl.load(spans), tl.load(spans + 1), tl.load(spans + 2), tl.load(spans + 3)
     pos, doc = _places(k_pos, k_doc, b, block * J, S, J, DOCS)
-    key = _tile(k, b, block * J, kv, S, k_b, k_s, k_n, H, WIDE, J, TMA)
+    key = _tile(k, b, block * J, kv, S, k_b, k_s, k_n, h, H, J, H == WIDE)
     if KEYS:
-        value = _tile(v, b, block * J, kv, S, v_b, v_s, v_n, H, WIDE, J, TMA)
+        value = _tile(v, b, block * J, kv, S, v_b, v_s, v_n, h, H, J, H == WIDE)
         dkey = tl.zeros((J, WIDE), tl.float32)
     if VALUES:
         dvalue = tl.zeros((J, WIDE), tl.float32)
@@ -282,9 +278,9 @@ def _key_side(  # type: ignore[no-untyped-def]
         n, m = kv * G + i // count, first + i % count
         t = m * M + tl.arange(0, M)
         row = (b.to(tl.int64) * N + n) * T + t
-        query = _tile(q, b, m * M, n, T, q_b, q_t, q_n, H, WIDE, M, TMA)
+        query = _tile(q, b, m * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
         raw = tl.dot(key, query.T, input_precision=PRECISION)
-        grad = _tile(dout, b, m * M, n, T, g_b, g_t, g_n, H, WIDE, M, TMA)
+        grad = _tile(dout, b, m * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
         shift = tl.load(lse + row, mask=t < T, other=float("inf"))
         scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
         weights = tl.exp2(scores - shift[None, :])
@@ -300,6 +296,113 @@ def _key_side(  # type: ignore[no-untyped-def]
             dscores = weights * (dweights - less[None, :]) * slope
             dkey = tl.dot(dscores.to(query.dtype), query, dkey, input_precision=PRECISION)
     if KEYS:
-        _put(dk, dkey * slant, b, block * J, kv, S, S * K * H, K * H, H, H, WIDE, J)
+        _put(dk, dkey * slant, b, block * J, kv, S, S * K * H, K * H, H, h, H, J)
     if VALUES:
-        _put(dv, dvalue, b, block * J, kv, S, S * K * H, K * H, H, H, WIDE, J)
+        _put(dv, dvalue, b, block * J, kv, S, S * K * H, K * H, H, h, H, J)
+
+
+@triton.jit(do_not_specialize=["T", "S", "window", "base", "blocks", "across"])
+def _pairs(  # type: ignore[no-untyped-def]
+    q, k, v, out, dout, lse, weights, dscores, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, base, blocks,
+    across, q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
+    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    DEPTH: tl.constexpr, DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights and gradients of the scores of some heads, whole blocks of them, [heads, blocks * M, across * J].
+
+    The products run over the head size in pieces of DEPTH, in one loop over all blocks of keys: what the next block
+    needs is read while the last one is written.
+    """
+    K: tl.constexpr = N // G
+    PIECES: tl.constexpr = WIDE // DEPTH
+    x = tl.program_id(0)
+    b, kv = (base + x // G) // K, (base + x // G) % K
+    n, block = kv * G + x % G, tl.num_programs(1) - 1 - tl.program_id(1)
+    spans += (b * blocks + block) * 4
+    first, last, begin, end = tl.load(spans), tl.load(spans + 1), tl.load(spans + 2), tl.load(spans + 3)
+    at, doc_at = _places(q_pos, q_doc, b, block * M, T, M, DOCS)
+    t = block * M + tl.arange(0, M)
+    shift = tl.load(lse + (b.to(tl.int64) * N + n) * T + t, mask=t < T, other=float("inf"))
+    less = tl.zeros((M,), tl.float32)
+    for c in tl.static_range(0, PIECES):
+        h = c * DEPTH + tl.arange(0, DEPTH)
+        grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
+        made = _tile(out, b, block * M, n, T, T * N * H, N * H, H, h, H, M, H == WIDE)
+        less += tl.sum(grad.to(tl.float32) * made.to(tl.float32), 1)
+    place = (x.to(tl.int64) * blocks * M + t)[:, None] * (across * J) + tl.arange(0, J)[None, :]
+    raw = tl.zeros((M, J), tl.float32)
+    dweights = tl.zeros((M, J), tl.float32)
+    for i in range(0, (last - first) * PIECES):
+        j, c = first + i // PIECES, i % PIECES
+        h = c * DEPTH + tl.arange(0, DEPTH)
+        query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
+        key = _tile(k, b, j * J, kv, S, k_b, k_s, k_n, h, H, J, H == WIDE)
+        grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
+        value = _tile(v, b, j * J, kv, S, v_b, v_s, v_n, h, H, J, H == WIDE)
+        raw = tl.dot(query, key.T, raw, input_precision=PRECISION)
+        dweights = tl.dot(grad, value.T, dweights, input_precision=PRECISION)
+        if c == PIECES - 1:
+            scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
+            weight = tl.exp2(scores - shift[:, None])
+            if (j < begin) | (j >= end):
+                pos, doc = _places(k_pos, k_doc, b, j * J, S, J, DOCS)
+                seen = _visible(at[:, None], pos[None, :], doc_at[:, None], doc[None, :], window, DOCS)
+                weight = tl.where(seen, weight, 0.0)
+            tl.store(weights + place + j * J, weight.to(weights.dtype.element_ty))
+            dscore = weight * (dweights - less[:, None]) * slope
+            tl.store(dscores + place + j * J, dscore.to(dscores.dtype.element_ty))
+            raw = tl.zeros((M, J), tl.float32)
+            dweights = tl.zeros((M, J), tl.float32)
+
+
+@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])
+def _columns(  # type: ignore[no-untyped-def]
+    pairs, x, made, spans, T, S, slant, base, blocks, across, x_b, x_t, x_n,
+    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `_pairs` wrote, transposed, times x [B, T, N, H], over the queries and heads that see a block of keys:
+    [B, S, K, H]. With weights and dO it is dV; with gradients of the scores and q, dK."""
+    K: tl.constexpr = N // G
+    PIECES: tl.constexpr = M // DEPTH
+    z, block = tl.program_id(0), tl.program_id(1)
+    b, kv = (base + z) // K, (base + z) % K
+    h = tl.arange(0, WIDE)
+    spans += (b * tl.num_programs(1) + block) * 4
+    first, last = tl.load(spans), tl.load(spans + 1)
+    count = (last - first) * PIECES
+    s = block * J + tl.arange(0, J)
+    total = tl.zeros((J, WIDE), tl.float32)
+    for i in range(0, G * count):
+        g, start = i // count, first * M + (i % count) * DEPTH
+        t = start + tl.arange(0, DEPTH)
+        row = (z * G + g).to(tl.int64) * blocks * M + t
+        pair = tl.load(pairs + row[:, None] * (across * J) + s[None, :])
+        right = _tile(x, b, start, kv * G + g, T, x_b, x_t, x_n, h, H, DEPTH, H == WIDE)
+        total = tl.dot(pair.T, right, total, input_precision=PRECISION)
+    _put(made, total * slant, b, block * J, kv, S, S * K * H, K * H, H, h, H, J)
+
+
+@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])
+def _lines(  # type: ignore[no-untyped-def]
+    pairs, x, made, spans, T, S, slant, base, blocks, across, x_b, x_s, x_n,
+    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `_pairs` wrote times x [B, S, K, H], over the keys that a block of queries sees: with gradients of the
+    scores and k, dQ [B, T, N, H]."""
+    K: tl.constexpr = N // G
+    PIECES: tl.constexpr = J // DEPTH
+    z, block = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    b, kv = (base + z // G) // K, (base + z // G) % K
+    h = tl.arange(0, WIDE)
+    spans += (b * blocks + block) * 4
+    first, last = tl.load(spans), tl.load(spans + 1)
+    row = z.to(tl.int64) * blocks * M + block * M + tl.arange(0, M)
+    total = tl.zeros((M, WIDE), tl.float32)
+    for i in range(first * PIECES, last * PIECES):
+        s = i * DEPTH + tl.arange(0, DEPTH)
+        pair = tl.load(pairs + row[:, None] * (across * J) + s[None, :])
+        right = _tile(x, b, i * DEPTH, kv, S, x_b, x_s, x_n, h, H, DEPTH, H == WIDE)
+        total = tl.dot(pair, right, total, input_precision=PRECISION)
+    _put(made, total * slant, b, block * M, kv * G + z % G, T, T * N * H, N * H, H, h, H, M)

@@ -15,10 +15,8 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gemwright.ops import attention_kernels as kernels
 from gemwright.ops.attention import EMPTY, Visibility
@@ -30,15 +28,41 @@ WIDEST: Final = 256
 LOG2_E: Final = 1.4426950408889634
 
 
+WORKSPACE: Final = 2**30
+"""Bytes of weights and gradients of scores that backward writes at most (`Stored`)."""
+
+
 class Tile(NamedTuple):
-    """How one kernel is launched: queries and keys of a block, warps, stages of its loads, and whether the chip's
-    copy engine (TMA) makes them."""
+    """How one kernel is launched: queries and keys of a block, warps, stages of its loads."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    tma: bool = False
+
+
+class Piece(NamedTuple):
+    """How a product is launched: what it reads at a time of the dimension that it sums over, warps, stages."""
+
+    depth: int
+    warps: int
+    stages: int
+
+
+class Stored(NamedTuple):
+    """Backward by way of memory: five products instead of seven, and each score bent once instead of twice.
+
+    Sums of a block of keys and of a block of queries over a head size of 256 fill the registers, which leaves small
+    tiles. So weights and gradients of scores are made first, in blocks of `queries` by `keys`, and written for as many
+    heads as `WORKSPACE` takes; dV, dK and dQ are plain products of them. A length of which not even the heads of one
+    key/value head fit goes the other way, whose memory is linear.
+    """
+
+    queries: int
+    keys: int
+    pairs: Piece
+    columns: Piece
+    lines: Piece
 
 
 @dataclass(frozen=True)
@@ -49,12 +73,19 @@ class Tiles:
     queries: Tile
     keys: Tile
     values: Tile | None = None
+    stored: Stored | None = None
 
 
 KERNELS: Final[dict[int, Tiles]] = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(
+        Tile(128, 64, 8, 2),
+        Tile(128, 32, 8, 2),
+        Tile(32, 128, 8, 2),
+        Tile(64, 128, 8, 2),
+        Stored(128, 128, Piece(64, 8, 3), Piece(64, 8, 3), Piece(64, 8, 3)),
+    ),
 }
 """By head size, for bf16 and fp16."""
 PLAIN: Final[dict[int, Tiles]] = {
@@ -150,10 +181,9 @@ class Call:
             return out_BTNH, lse_BNT
         tile = self.tiles.forward
         shift = self.cap is None or self.cap > SAFE_CAP or self.q_BTNH.dtype == torch.float16
-        (q, q_steps), (k, k_steps), (v, v_steps) = self._operands(tile)
         kernels._attend[(B * N, -(-T // tile.queries))](
-            q, k, v, out_BTNH, lse_BNT, *self._seen(tile, "queries"), *self._numbers(),
-            *q_steps, *k_steps, *v_steps, **self._shapes(tile), SHIFT=shift,
+            self.q_BTNH, self.k_BSKH, self.v_BSKH, out_BTNH, lse_BNT, *self._seen("queries", tile.queries, tile.keys),
+            *self._numbers(), *self._steps(), **self._shapes(tile), **self._kind(), SHIFT=shift,
         )  # fmt: skip
         return out_BTNH, lse_BNT
 
@@ -163,24 +193,28 @@ class Call:
         if not dq.numel():
             return dq, dk.zero_(), dv.zero_()
         dout_BTNH = _rows(dout_BTNH)
+        stored = self.tiles.stored
+        heads = 0 if stored is None else WORKSPACE // self._bytes(stored)
+        if stored is not None and heads:
+            self.stored(stored, heads, out_BTNH, lse_BNT, dout_BTNH, dq, dk, dv)
+            return dq, dk, dv
         inner_BNT = torch.empty_like(lse_BNT)
         self.query_side(out_BTNH, lse_BNT, dout_BTNH, inner_BNT, dq)
-        if self.tiles.values is not None:
+        if self.tiles.values is None:
+            self.key_side(self.tiles.keys, lse_BNT, dout_BTNH, inner_BNT, dk, dv)
+        else:
             self.key_side(self.tiles.keys, lse_BNT, dout_BTNH, inner_BNT, dk, None)
             self.key_side(self.tiles.values, lse_BNT, dout_BTNH, inner_BNT, None, dv)
-        else:
-            self.key_side(self.tiles.keys, lse_BNT, dout_BTNH, inner_BNT, dk, dv)
         return dq, dk, dv
 
     def query_side(self, out: Tensor, lse: Tensor, dout: Tensor, inner: Tensor, dq: Tensor) -> None:
         """Write dQ, and the inner products of the output and its gradient."""
         B, T, N, _ = self.q_BTNH.shape
         tile = self.tiles.queries
-        (q, q_steps), (k, k_steps), (v, v_steps) = self._operands(tile)
-        grad, grad_steps = _operand(dout, tile.queries, tile.tma)
         kernels._query_side[(B * N, -(-T // tile.queries))](
-            q, k, v, out, grad, lse, inner, dq, *self._seen(tile, "queries"), *self._numbers(), self.scale,
-            *q_steps, *k_steps, *v_steps, *grad_steps, **self._shapes(tile),
+            self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, inner, dq,
+            *self._seen("queries", tile.queries, tile.keys), *self._numbers(), self.scale,
+            *self._steps(), *dout.stride()[:3], **self._shapes(tile), **self._kind(),
         )  # fmt: skip
 
     def key_side(
@@ -188,27 +222,50 @@ class Call:
     ) -> None:
         """Write dK, dV or both."""
         B, S, K, _ = self.k_BSKH.shape
-        (q, q_steps), (k, k_steps), (v, v_steps) = self._operands(tile)
-        grad, grad_steps = _operand(dout, tile.queries, tile.tma)
         kernels._key_side[(B * K, -(-S // tile.keys))](
-            q, k, v, grad, lse, inner, lse if dk is None else dk, lse if dv is None else dv,
-            *self._seen(tile, "keys"), *self._numbers(), self.scale,
-            *q_steps, *k_steps, *v_steps, *grad_steps, **self._shapes(tile),
+            self.q_BTNH, self.k_BSKH, self.v_BSKH, dout, lse, inner, lse if dk is None else dk,
+            lse if dv is None else dv, *self._seen("keys", tile.queries, tile.keys), *self._numbers(), self.scale,
+            *self._steps(), *dout.stride()[:3], **self._shapes(tile), **self._kind(),
             KEYS=dk is not None, VALUES=dv is not None,
         )  # fmt: skip
 
-    def _operands(self, tile: Tile) -> tuple[tuple[Any, tuple[int, ...]], ...]:
-        return (
-            _operand(self.q_BTNH, tile.queries, tile.tma),
-            _operand(self.k_BSKH, tile.keys, tile.tma),
-            _operand(self.v_BSKH, tile.keys, tile.tma),
-        )
+    def stored(
+        self, how: Stored, heads: int, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        """Write all three, some key/value heads (of all rows) at a time."""
+        B, T, N, _ = self.q_BTNH.shape
+        S, K = self.k_BSKH.shape[1:3]
+        blocks, across = -(-T // how.queries), -(-S // how.keys)
+        heads = min(heads, B * K)
+        size = (2, heads * (N // K), blocks * how.queries, across * how.keys)
+        weights, dscores = self.q_BTNH.new_empty(size)
+        wide, narrow = self._seen("written", *how[:2]), self._seen("keys", *how[:2])[4:7]
+        for base in range(0, B * K, heads):
+            now = min(heads, B * K - base)
+            at = base, blocks, across
+            kernels._pairs[(now * (N // K), blocks)](
+                self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, weights, dscores, *wide, *self._numbers(), *at,
+                *self._steps(), *dout.stride()[:3], **self._shapes(how, how.pairs), **self._kind(),
+            )  # fmt: skip
+            for pairs, right, made, slant in ((weights, dout, dv, 1.0), (dscores, self.q_BTNH, dk, self.scale)):
+                kernels._columns[(now, across)](
+                    pairs, right, made, *narrow, slant, *at, *right.stride()[:3], **self._shapes(how, how.columns)
+                )
+            kernels._lines[(now * (N // K), blocks)](
+                dscores, self.k_BSKH, dq, *wide[4:7], self.scale, *at, *self.k_BSKH.stride()[:3],
+                **self._shapes(how, how.lines),
+            )  # fmt: skip
 
-    def _seen(self, tile: Tile, side: str) -> tuple[Any, ...]:
+    def _bytes(self, how: Stored) -> int:
+        """What is written for one key/value head."""
+        T, S = self.q_BTNH.shape[1], self.k_BSKH.shape[1]
+        pairs = -(-T // how.queries) * how.queries * -(-S // how.keys) * how.keys
+        return 2 * pairs * self.q_BTNH.shape[2] // self.k_BSKH.shape[2] * self.q_BTNH.element_size()
+
+    def _seen(self, side: str, queries: int, keys: int) -> tuple[Any, ...]:
         """Positions, documents, spans of the blocks of a side, lengths and window."""
-        places = self.see.memo("places", partial(_places, self.see))
-        key = ("spans", side, tile.queries, tile.keys)
-        spans = self.see.memo(key, partial(_spans, places, tile, side))
+        places = _places(self.see)
+        spans = _spans(self.see, side, queries, keys)
         return *places[:4], spans, places.q_pos_BT.shape[1], places.k_pos_BS.shape[1], places.window
 
     def _numbers(self) -> tuple[float, float]:
@@ -218,16 +275,26 @@ class Call:
         exact = self.q_BTNH.dtype == torch.float32
         return self.scale / self.cap * (1.0 if exact else 2 * LOG2_E), self.cap
 
-    def _shapes(self, tile: Tile) -> dict[str, Any]:
-        """The constants of a compilation."""
+    def _steps(self) -> tuple[int, ...]:
+        """Strides of q, k and v."""
+        return *self.q_BTNH.stride()[:3], *self.k_BSKH.stride()[:3], *self.v_BSKH.stride()[:3]
+
+    def _shapes(self, tile: Tile | Stored, piece: Piece | None = None) -> dict[str, Any]:
+        """What every kernel is compiled for."""
         N, H = self.q_BTNH.shape[2:]
-        exact = self.q_BTNH.dtype == torch.float32
-        places = self.see.memo("places", partial(_places, self.see))
-        return dict(
-            N=N, G=N // self.k_BSKH.shape[2], H=H, WIDE=_wide(H), M=tile.queries, J=tile.keys, DOCS=places.docs,
-            CAPPED=self.cap is not None, EXACT=exact, TMA=tile.tma, PRECISION="ieee" if exact else "tf32",
-            num_warps=tile.warps, num_stages=tile.stages,
+        constants = dict(
+            N=N, G=N // self.k_BSKH.shape[2], H=H, WIDE=_wide(H), M=tile.queries, J=tile.keys,
+            PRECISION="ieee" if self.q_BTNH.dtype == torch.float32 else "tf32",
         )  # fmt: skip
+        if piece is not None:
+            return dict(constants, DEPTH=piece.depth, num_warps=piece.warps, num_stages=piece.stages)
+        assert isinstance(tile, Tile)
+        return dict(constants, num_warps=tile.warps, num_stages=tile.stages)
+
+    def _kind(self) -> dict[str, bool]:
+        """What a kernel that makes scores is compiled for besides."""
+        exact = self.q_BTNH.dtype == torch.float32
+        return dict(DOCS=_places(self.see).docs, CAPPED=self.cap is not None, EXACT=exact)
 
 
 def _wide(size: int) -> int:
@@ -239,26 +306,28 @@ def _rows(x_BLNH: Tensor) -> Tensor:
     return x_BLNH if x_BLNH.stride(3) == 1 else x_BLNH.contiguous()
 
 
-def _operand(x_BLNH: Tensor, length: int, tma: bool) -> tuple[Any, tuple[int, ...]]:
-    """What a kernel reads a tensor by, and its strides: a descriptor of blocks of `length` positions, or itself."""
-    steps = x_BLNH.stride()
-    if tma:
-        return TensorDescriptor(x_BLNH, x_BLNH.shape, steps, [1, length, 1, _wide(x_BLNH.shape[3])]), steps[:3]
-    return x_BLNH, steps[:3]
-
-
 def _places(see: Visibility) -> Places:
-    q_pos, k_pos = (x.int().contiguous() for x in (see.q_pos_BT, see.k_pos_BS))
-    window = EMPTY if see.window is None else see.window  # every distance is below EMPTY
-    if see.q_doc_BT is None or see.k_doc_BS is None:
-        return Places(q_pos, k_pos, q_pos, k_pos, False, window)
-    return Places(q_pos, k_pos, see.q_doc_BT.int().contiguous(), see.k_doc_BS.int().contiguous(), True, window)
+    def make() -> Places:
+        q_pos, k_pos = (x.int().contiguous() for x in (see.q_pos_BT, see.k_pos_BS))
+        window = EMPTY if see.window is None else see.window  # every distance is below EMPTY
+        if see.q_doc_BT is None or see.k_doc_BS is None:
+            return Places(q_pos, k_pos, q_pos, k_pos, False, window)
+        q_doc, k_doc = (x.int().contiguous() for x in (see.q_doc_BT, see.k_doc_BS))
+        return Places(q_pos, k_pos, q_doc, k_doc, True, window)
+
+    return see.memo("places", make)
 
 
-def _spans(places: Places, tile: Tile, side: str) -> Tensor:
+def _spans(see: Visibility, side: str, queries: int, keys: int) -> Tensor:
     """For each block of queries (or of keys) the blocks of keys (of queries) to visit, [B, blocks, 4]."""
-    q_pos, k_pos, q_doc, k_doc, docs, window = places
-    (own, own_doc, size), (other, other_doc, other_size) = (q_pos, q_doc, tile.queries), (k_pos, k_doc, tile.keys)
+    make = _written if side == "written" else partial(_found, side=side)
+    return see.memo(("spans", side, queries, keys), lambda: make(see, queries=queries, keys=keys))
+
+
+def _found(see: Visibility, side: str, queries: int, keys: int) -> Tensor:
+    """By the positions."""
+    q_pos, k_pos, q_doc, k_doc, docs, window = _places(see)
+    (own, own_doc, size), (other, other_doc, other_size) = (q_pos, q_doc, queries), (k_pos, k_doc, keys)
     if side == "keys":
         (own, own_doc, size), (other, other_doc, other_size) = (other, other_doc, other_size), (own, own_doc, size)
     B, L = own.shape
@@ -269,3 +338,19 @@ def _spans(places: Places, tile: Tile, side: str) -> Tensor:
         size, other_size, max(1, 2048 // other_size), docs, side == "queries", num_warps=4,
     )  # fmt: skip
     return spans
+
+
+def _written(see: Visibility, queries: int, keys: int) -> Tensor:
+    """For each block of queries also the blocks of keys that are to visit it, as far as both have gaps in their runs:
+    whatever a block of keys reads has been written."""
+    spans_Bt4 = _spans(see, "queries", queries, keys).clone()
+    visits_Bk4 = _spans(see, "keys", queries, keys)
+    t = torch.arange(spans_Bt4.shape[1], device=spans_Bt4.device)[:, None]
+    k = torch.arange(visits_Bk4.shape[1], device=spans_Bt4.device, dtype=torch.int32)
+    visited_Btk = (visits_Bk4[:, None, :, 0] <= t) & (t < visits_Bk4[:, None, :, 1])
+    first_Bt, last_Bt = torch.where(visited_Btk, k, EMPTY).amin(-1), torch.where(visited_Btk, k + 1, 0).amax(-1)
+    empty_Bt = spans_Bt4[..., 0] == spans_Bt4[..., 1]
+    first_Bt = torch.minimum(first_Bt, torch.where(empty_Bt, EMPTY, spans_Bt4[..., 0]))
+    last_Bt = torch.maximum(last_Bt, spans_Bt4[..., 1])
+    spans_Bt4[..., 0], spans_Bt4[..., 1] = torch.minimum(first_Bt, last_Bt), last_Bt
+    return spans_Bt4
