@@ -87,6 +87,12 @@ def _inverse(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _inner(a, b):  # type: ignore[no-untyped-def]
+    """Inner products of rows, in fp32."""
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+
+
+@triton.jit
 def _visible(at, pos, doc_at, doc_pos, window, DOCS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The rule of `Visibility.mask`, for queries at `at` and keys at `pos` that broadcast."""
     seen = (pos >= 0) & (pos <= at) & (at - pos < window)
@@ -231,7 +237,7 @@ def _query_side(  # type: ignore[no-untyped-def]
     row = (b.to(tl.int64) * N + n) * T + t
     grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
     made = _tile(out, b, block * M, n, T, T * N * H, N * H, H, h, H, M, H == WIDE)
-    less = tl.sum(grad.to(tl.float32) * made.to(tl.float32), 1)
+    less = _inner(made, grad)
     tl.store(inner + row, less, mask=t < T)
     shift = tl.load(lse + row, mask=t < T, other=float("inf"))
     query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
@@ -324,35 +330,32 @@ def _pairs(  # type: ignore[no-untyped-def]
     t = block * M + tl.arange(0, M)
     shift = tl.load(lse + (b.to(tl.int64) * N + n) * T + t, mask=t < T, other=float("inf"))
     less = tl.zeros((M,), tl.float32)
-    for c in tl.static_range(0, PIECES):
-        h = c * DEPTH + tl.arange(0, DEPTH)
-        grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
-        made = _tile(out, b, block * M, n, T, T * N * H, N * H, H, h, H, M, H == WIDE)
-        less += tl.sum(grad.to(tl.float32) * made.to(tl.float32), 1)
+    for piece in tl.static_range(0, PIECES):
+        less += _inner(
+            _tile(out, b, block * M, n, T, T * N * H, N * H, H, piece * DEPTH + tl.arange(0, DEPTH), H, M, H == WIDE),
+            _tile(dout, b, block * M, n, T, g_b, g_t, g_n, piece * DEPTH + tl.arange(0, DEPTH), H, M, H == WIDE),
+        )
     place = (x.to(tl.int64) * blocks * M + t)[:, None] * (across * J) + tl.arange(0, J)[None, :]
-    raw = tl.zeros((M, J), tl.float32)
-    dweights = tl.zeros((M, J), tl.float32)
-    for i in range(0, (last - first) * PIECES):
-        j, c = first + i // PIECES, i % PIECES
-        h = c * DEPTH + tl.arange(0, DEPTH)
-        query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
-        key = _tile(k, b, j * J, kv, S, k_b, k_s, k_n, h, H, J, H == WIDE)
-        grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
-        value = _tile(v, b, j * J, kv, S, v_b, v_s, v_n, h, H, J, H == WIDE)
-        raw = tl.dot(query, key.T, raw, input_precision=PRECISION)
-        dweights = tl.dot(grad, value.T, dweights, input_precision=PRECISION)
-        if c == PIECES - 1:
-            scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
-            weight = tl.exp2(scores - shift[:, None])
-            if (j < begin) | (j >= end):
-                pos, doc = _places(k_pos, k_doc, b, j * J, S, J, DOCS)
-                seen = _visible(at[:, None], pos[None, :], doc_at[:, None], doc[None, :], window, DOCS)
-                weight = tl.where(seen, weight, 0.0)
-            tl.store(weights + place + j * J, weight.to(weights.dtype.element_ty))
-            dscore = weight * (dweights - less[:, None]) * slope
-            tl.store(dscores + place + j * J, dscore.to(dscores.dtype.element_ty))
-            raw = tl.zeros((M, J), tl.float32)
-            dweights = tl.zeros((M, J), tl.float32)
+    for j in range(first, last):
+        raw = tl.zeros((M, J), tl.float32)
+        dweights = tl.zeros((M, J), tl.float32)
+        for c in range(0, WIDE, DEPTH):
+            h = c + tl.arange(0, DEPTH)
+            query = _tile(q, b, block * M, n, T, q_b, q_t, q_n, h, H, M, H == WIDE)
+            key = _tile(k, b, j * J, kv, S, k_b, k_s, k_n, h, H, J, H == WIDE)
+            grad = _tile(dout, b, block * M, n, T, g_b, g_t, g_n, h, H, M, H == WIDE)
+            value = _tile(v, b, j * J, kv, S, v_b, v_s, v_n, h, H, J, H == WIDE)
+            raw = tl.dot(query, key.T, raw, input_precision=PRECISION)
+            dweights = tl.dot(grad, value.T, dweights, input_precision=PRECISION)
+        scores, slope = _scores(raw, scale, cap, CAPPED, EXACT)
+        weight = tl.exp2(scores - shift[:, None])
+        if (j < begin) | (j >= end):
+            pos, doc = _places(k_pos, k_doc, b, j * J, S, J, DOCS)
+            seen = _visible(at[:, None], pos[None, :], doc_at[:, None], doc[None, :], window, DOCS)
+            weight = tl.where(seen, weight, 0.0)
+        tl.store(weights + place + j * J, weight.to(weights.dtype.element_ty))
+        dscore = weight * (dweights - less[:, None]) * slope
+        tl.store(dscores + place + j * J, dscore.to(dscores.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])
