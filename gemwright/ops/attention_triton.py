@@ -26,6 +26,7 @@ SAFE_CAP: Final = 60.0
 WIDEST: Final = 256
 """Head sizes above have no tiles that fit a chip's shared memory."""
 LOG2_E: Final = 1.4426950408889634
+Grads = tuple[Tensor, Tensor, Tensor]
 
 
 WORKSPACE: Final = 2**30
@@ -187,7 +188,7 @@ class Call:
         )  # fmt: skip
         return out_BTNH, lse_BNT
 
-    def backward(self, out_BTNH: Tensor, lse_BNT: Tensor, dout_BTNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, out_BTNH: Tensor, lse_BNT: Tensor, dout_BTNH: Tensor) -> Grads:
         """Gradients of q, k and v, in their dtype."""
         dq, dk, dv = (x.new_empty(x.shape) for x in (self.q_BTNH, self.k_BSKH, self.v_BSKH))
         if not dq.numel():
@@ -196,7 +197,7 @@ class Call:
         stored = self.tiles.stored
         heads = 0 if stored is None else WORKSPACE // self._bytes(stored)
         if stored is not None and heads:
-            self.stored(stored, heads, out_BTNH, lse_BNT, dout_BTNH, dq, dk, dv)
+            self.stored(stored, heads, out_BTNH, lse_BNT, dout_BTNH, (dq, dk, dv))
             return dq, dk, dv
         inner_BNT = torch.empty_like(lse_BNT)
         self.query_side(out_BTNH, lse_BNT, dout_BTNH, inner_BNT, dq)
@@ -229,38 +230,59 @@ class Call:
             KEYS=dk is not None, VALUES=dv is not None,
         )  # fmt: skip
 
-    def stored(
-        self, how: Stored, heads: int, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        """Write all three, some key/value heads (of all rows) at a time."""
-        B, T, N, _ = self.q_BTNH.shape
-        S, K = self.k_BSKH.shape[1:3]
-        blocks, across = -(-T // how.queries), -(-S // how.keys)
+    def stored(self, how: Stored, heads: int, out: Tensor, lse: Tensor, dout: Tensor, grads: Grads) -> None:
+        """Write all three gradients, some key/value heads (of all rows) at a time."""
+        dq, dk, dv = grads
+        B, N, K = len(self.q_BTNH), self.q_BTNH.shape[2], self.k_BSKH.shape[2]
         heads = min(heads, B * K)
-        size = (2, heads * (N // K), blocks * how.queries, across * how.keys)
+        rows, columns = self._blocks(how)
+        size = 2, heads * (N // K), rows * how.queries, columns * how.keys
         weights, dscores = self.q_BTNH.new_empty(size)
-        wide, narrow = self._seen("written", *how[:2]), self._seen("keys", *how[:2])[4:7]
         for base in range(0, B * K, heads):
-            now = min(heads, B * K - base)
-            at = base, blocks, across
-            kernels._pairs[(now * (N // K), blocks)](
-                self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, weights, dscores, *wide, *self._numbers(), *at,
-                *self._steps(), *dout.stride()[:3], **self._shapes(how, how.pairs), **self._kind(),
-            )  # fmt: skip
-            for pairs, right, made, slant in ((weights, dout, dv, 1.0), (dscores, self.q_BTNH, dk, self.scale)):
-                kernels._columns[(now, across)](
-                    pairs, right, made, *narrow, slant, *at, *right.stride()[:3], **self._shapes(how, how.columns)
-                )
-            kernels._lines[(now * (N // K), blocks)](
-                dscores, self.k_BSKH, dq, *wide[4:7], self.scale, *at, *self.k_BSKH.stride()[:3],
-                **self._shapes(how, how.lines),
-            )  # fmt: skip
+            some = range(base, min(base + heads, B * K))
+            self.pairs(how, some, out, lse, dout, weights, dscores)
+            self.columns(how, some, weights, dout, 1.0, dv)
+            self.columns(how, some, dscores, self.q_BTNH, self.scale, dk)
+            self.lines(how, some, dscores, dq)
+
+    def pairs(
+        self, how: Stored, some: range, out: Tensor, lse: Tensor, dout: Tensor, weights: Tensor, dscores: Tensor
+    ) -> None:
+        """Write weights and gradients of scores of some key/value heads, counted over all rows."""
+        rows, columns = self._blocks(how)
+        group = self.q_BTNH.shape[2] // self.k_BSKH.shape[2]
+        kernels._pairs[(len(some) * group, rows)](
+            self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, weights, dscores, *self._seen("written", *how[:2]),
+            *self._numbers(), some.start, rows, columns, *self._steps(), *dout.stride()[:3],
+            **self._shapes(how, how.pairs), **self._kind(),
+        )  # fmt: skip
+
+    def columns(self, how: Stored, some: range, pairs: Tensor, right: Tensor, slant: float, made: Tensor) -> None:
+        """Write dV (of the weights and dO) or dK (of the scores' gradients and q)."""
+        rows, columns = self._blocks(how)
+        kernels._columns[(len(some), columns)](
+            pairs, right, made, *self._seen("keys", *how[:2])[4:7], slant, some.start, rows, columns,
+            *right.stride()[:3], **self._shapes(how, how.columns),
+        )  # fmt: skip
+
+    def lines(self, how: Stored, some: range, dscores: Tensor, dq: Tensor) -> None:
+        """Write dQ."""
+        rows, columns = self._blocks(how)
+        group = self.q_BTNH.shape[2] // self.k_BSKH.shape[2]
+        kernels._lines[(len(some) * group, rows)](
+            dscores, self.k_BSKH, dq, *self._seen("written", *how[:2])[4:7], self.scale, some.start, rows, columns,
+            *self.k_BSKH.stride()[:3], **self._shapes(how, how.lines),
+        )  # fmt: skip
+
+    def _blocks(self, how: Stored) -> tuple[int, int]:
+        """Of queries and of keys."""
+        return -(-self.q_BTNH.shape[1] // how.queries), -(-self.k_BSKH.shape[1] // how.keys)
 
     def _bytes(self, how: Stored) -> int:
         """What is written for one key/value head."""
-        T, S = self.q_BTNH.shape[1], self.k_BSKH.shape[1]
-        pairs = -(-T // how.queries) * how.queries * -(-S // how.keys) * how.keys
-        return 2 * pairs * self.q_BTNH.shape[2] // self.k_BSKH.shape[2] * self.q_BTNH.element_size()
+        rows, columns = self._blocks(how)
+        group = self.q_BTNH.shape[2] // self.k_BSKH.shape[2]
+        return 2 * group * rows * how.queries * columns * how.keys * self.q_BTNH.element_size()
 
     def _seen(self, side: str, queries: int, keys: int) -> tuple[Any, ...]:
         """Positions, documents, spans of the blocks of a side, lengths and window."""
