@@ -153,9 +153,7 @@ class Problem:
         tiles = call.tiles
         if kind == "queries":
             inner = torch.zeros_like(given["lse"])
-            return lambda: (
-                call.query_side(given["out"], given["lse"], self.dout, inner, dq) or dict(dq=dq, inner=inner)
-            )
+            return lambda: call.query_side(given["out"], given["lse"], self.dout, inner, dq) or dict(dq=dq, inner=inner)
         if kind in ("keys", "keys alone", "values alone"):
             tile = tiles.values if kind == "values alone" else tiles.keys
             assert tile is not None

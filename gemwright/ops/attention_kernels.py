@@ -81,9 +81,7 @@ def _scores(raw, scale, cap, CAPPED: tl.constexpr, EXACT: tl.constexpr):  # type
 @triton.jit
 def _inverse(x):  # type: ignore[no-untyped-def]
     """1 / x by the chip's own instruction (1 ulp), which a plain division surrounds with others; 0 for infinity."""
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
