@@ -64,7 +64,9 @@ def triples(*rows: str) -> list[tuple[int, ...]]:
 # queries, keys, warps, stages of a kernel; for the products by way of memory queries, keys, depth, warps, stages
 CANDIDATES: Final[dict[int, dict[str, list[tuple[int, ...]]]]] = {
     256: {
-        "forward": triples("128 64 8 2", "128 32 8 3", "128 32 8 2", "128 64 8 1", "64 64 4 2", "64 32 4 2", "64 64 8 2"),
+        "forward": triples(
+            "128 64 8 2", "128 32 8 3", "128 32 8 2", "128 64 8 1", "64 64 4 2", "64 32 4 2", "64 64 8 2"
+        ),
         "pairs": triples(
             "128 128 64 8 3", "128 128 64 8 2", "128 128 32 8 4", "128 64 64 8 2", "128 64 32 8 3", "64 128 64 8 2",
             "64 64 64 4 2", "64 64 64 4 3", "128 64 64 8 3", "128 128 128 8 1", "128 64 64 4 2",
@@ -347,8 +349,9 @@ def search(options: argparse.Namespace) -> dict[int, dict[str, list[tuple[int, .
     results = pool.imap_unordered(check, tasks)
     done = 0
     try:
-        for done in range(1, len(tasks) + 1):
+        while done < len(tasks):
             size, kind, numbers, outcome = results.next(timeout=max(0.1, deadline - time.monotonic()))
+            done += 1
             good = isinstance(outcome, dict) and max(outcome.values()) < 0.02
             if isinstance(outcome, dict) and good:
                 right[size].setdefault(kind, []).append(numbers)
@@ -357,7 +360,7 @@ def search(options: argparse.Namespace) -> dict[int, dict[str, list[tuple[int, .
             else:
                 print(f"  {size} {kind} {numbers}: {outcome}", flush=True)
     except multiprocessing.TimeoutError:
-        print(f"  stopped after {options.seconds} s with {done - 1} of {len(tasks)} choices")
+        print(f"  stopped after {options.seconds} s with {done} of {len(tasks)} choices")
     pool.terminate()
     for (size, kind), each in sorted(worst.items()):
         print(f"  {size} {kind}: {len(right[size][kind])} right, errors up to "

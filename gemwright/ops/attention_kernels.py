@@ -1,10 +1,11 @@
 """Triton kernels of attention over whole sequences, forward and backward; `attention_triton.py` launches them.
 
-The structure is that of FlashAttention-2 (arXiv 2307.08691). Forward: a program holds a block of queries of one head and
-goes over the blocks of keys that it sees. Backward: `_query_side` goes over the same blocks and sums dQ; `_key_side`
-holds a block of keys of one key/value head and goes over the blocks of queries that see it, of all its query heads, and
-sums dK and dV, transposed (keys by queries), so that weights meet the second product as its left operand. No sum is
-shared between programs, so all results are the same bits each time.
+The structure is that of FlashAttention-2 (arXiv 2307.08691). Forward: a program holds a block of queries of one head
+and goes over the blocks of keys that it sees. Backward: `_query_side` goes over the same blocks and sums dQ;
+`_key_side` holds a block of keys of one key/value head and goes over the blocks of queries that see it, of all its
+query heads, and sums dK and dV, transposed (keys by queries), so that weights meet the second product as its left
+operand. Or by way of memory: `_pairs` writes weights and gradients of scores, `_columns` and `_lines` sum products of
+them. No sum is shared between programs, so all results are the same bits each time.
 
 Which blocks are visited, `_spans` finds from positions and documents: for each block the first and last block of the
 other side of which anything is visible, and the run between them that is visible as a whole and needs no mask.
@@ -35,13 +36,13 @@ def _tile(  # type: ignore[no-untyped-def]
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Positions from `start` of one head at the places h, [ROWS, len(h)]; zeros past the length L and past H."""
-    l = start + tl.arange(0, ROWS)
+    here = start + tl.arange(0, ROWS)
     place = x + b.to(tl.int64) * step_b + head.to(tl.int64) * step_n
-    place = place + l.to(tl.int64)[:, None] * step_l + h[None, :]
+    place = place + here.to(tl.int64)[:, None] * step_l + h[None, :]
     if EVEN:
-        tile = tl.load(place, mask=(l < L)[:, None], other=0.0)
+        tile = tl.load(place, mask=(here < L)[:, None], other=0.0)
     else:
-        tile = tl.load(place, mask=(l < L)[:, None] & (h < H)[None, :], other=0.0)
+        tile = tl.load(place, mask=(here < L)[:, None] & (h < H)[None, :], other=0.0)
     return tile
 
 
@@ -50,10 +51,10 @@ def _put(  # type: ignore[no-untyped-def]
     x, tile, b, start, head, L, step_b, step_l, step_n, h, H: tl.constexpr, ROWS: tl.constexpr
 ):
     """Write what `_tile` reads."""
-    l = start + tl.arange(0, ROWS)
+    here = start + tl.arange(0, ROWS)
     place = x + b.to(tl.int64) * step_b + head.to(tl.int64) * step_n
-    place = place + l.to(tl.int64)[:, None] * step_l + h[None, :]
-    tl.store(place, tile.to(x.dtype.element_ty), mask=(l < L)[:, None] & (h < H)[None, :])
+    place = place + here.to(tl.int64)[:, None] * step_l + h[None, :]
+    tl.store(place, tile.to(x.dtype.element_ty), mask=(here < L)[:, None] & (h < H)[None, :])
 
 
 @triton.jit
@@ -102,13 +103,10 @@ def _visible(at, pos, doc_at, doc_pos, window, DOCS: tl.constexpr):  # type: ign
 @triton.jit
 def _places(pos, doc, b, start, L, ROWS: tl.constexpr, DOCS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Positions and documents of ROWS places; padding past the length."""
-    l = start + tl.arange(0, ROWS)
-    at = b.to(tl.int64) * L + l
-    found = tl.load(pos + at, mask=l < L, other=-1)
-    if DOCS:
-        of = tl.load(doc + at, mask=l < L, other=-1)
-    else:
-        of = found
+    here = start + tl.arange(0, ROWS)
+    at = b.to(tl.int64) * L + here
+    found = tl.load(pos + at, mask=here < L, other=-1)
+    of = tl.load(doc + at, mask=here < L, other=-1) if DOCS else found
     return found, of
 
 
@@ -133,18 +131,15 @@ def _spans(  # type: ignore[no-untyped-def]
     something may be visible, and [from, to) of those that are visible whole, or an empty run."""
     block, b = tl.program_id(0), tl.program_id(1)
     t = block * OWN + tl.arange(0, OWN)
-    pos, doc = _places(own_pos, own_doc, b, block * OWN, T, OWN, DOCS)
-    o_least, o_most, o_first, o_last, o_whole = _extremes(pos, doc, t < T, 0)
+    own, own_of = _places(own_pos, own_doc, b, block * OWN, T, OWN, DOCS)
+    o_least, o_most, o_first, o_last, o_whole = _extremes(own, own_of, t < T, 0)
     first, last, begin, end, count = NOWHERE + 0, 0, NOWHERE + 0, 0, 0
     for base in range(0, tl.cdiv(S, OTHER), CHUNK):
         j = base + tl.arange(0, CHUNK)
         s = j[:, None] * OTHER + tl.arange(0, OTHER)[None, :]
         at = b.to(tl.int64) * S + s
         pos = tl.load(other_pos + at, mask=s < S, other=-1)
-        if DOCS:
-            doc = tl.load(other_doc + at, mask=s < S, other=-1)
-        else:
-            doc = pos
+        doc = tl.load(other_doc + at, mask=s < S, other=-1) if DOCS else pos
         least, most, lowest, highest, whole = _extremes(pos, doc, s < S, 1)
         if QUERIES:
             some = (least <= o_most) & (o_least - most < window)
@@ -307,8 +302,8 @@ def _key_side(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["T", "S", "window", "base", "blocks", "across"])
 def _pairs(  # type: ignore[no-untyped-def]
-    q, k, v, out, dout, lse, weights, dscores, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, base, blocks,
-    across, q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
+    q, k, v, out, dout, lse, weights, dscores, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap,
+    base, blocks, across, q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
     DEPTH: tl.constexpr, DOCS: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
