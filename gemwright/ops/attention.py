@@ -125,11 +125,22 @@ def _flex() -> Attend:
     return flex
 
 
+def _triton() -> Attend:
+    if not gpu.available():
+        raise ImportError(
+            "attention: the triton backend needs the package triton, part of CUDA builds of torch on Linux"
+        )
+    from gemwright.ops.attention_triton import attend
+
+    return attend
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS: Final[dict[str, Backend]] = {
     "reference": Backend(lambda: reference, ("cpu", "cuda", "mps"), _FLOATS, backward=True),
     "blocked": Backend(_blocked, ("cpu", "cuda"), _FLOATS, backward=True),
     "flex": Backend(_flex, ("cuda", "cpu"), _FLOATS, backward=True),
+    "triton": Backend(_triton, ("cuda",), _FLOATS, backward=True),
 }
 PHASES: Final = ("train", "prefill", "decode")
 
