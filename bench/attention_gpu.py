@@ -113,10 +113,22 @@ def place(kind: str, numbers: tuple[int, ...], base: Tiles) -> Tiles:
         piece = Piece(*numbers[2:])
         stored = Stored(numbers[0], numbers[1], piece, piece, piece)
         if base.stored is not None and base.stored[:2] == numbers[:2]:
-            stored = base.stored._replace(**{kind: piece})
+            stored = Stored(
+                *base.stored[:2], *(piece if name == kind else getattr(base.stored, name) for name in KINDS[5:])
+            )
         return dataclasses.replace(base, stored=stored)
-    field = {"keys alone": "keys", "values alone": "values"}.get(kind, kind)
-    return dataclasses.replace(base, **{field: Tile(*numbers)})
+    fields: dict[str, Any] = {{"keys alone": "keys", "values alone": "values"}.get(kind, kind): Tile(*numbers)}
+    return dataclasses.replace(base, **fields)
+
+
+def after(run: Callable[[], object], **made: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """A function that runs, and tells what was written."""
+
+    def call() -> dict[str, Tensor]:
+        run()
+        return made
+
+    return call
 
 
 class Problem:
@@ -155,34 +167,32 @@ class Problem:
         tiles = call.tiles
         if kind == "queries":
             inner = torch.zeros_like(given["lse"])
-            return lambda: call.query_side(given["out"], given["lse"], self.dout, inner, dq) or dict(dq=dq, inner=inner)
+            return after(partial(call.query_side, given["out"], given["lse"], self.dout, inner, dq), dq=dq, inner=inner)
         if kind in ("keys", "keys alone", "values alone"):
             tile = tiles.values if kind == "values alone" else tiles.keys
             assert tile is not None
             ends = dict(dk=None if kind == "values alone" else dk, dv=None if kind == "keys alone" else dv)
             made = {name: tensor for name, tensor in ends.items() if tensor is not None}
-            return lambda: call.key_side(tile, given["lse"], self.dout, given["inner"], *ends.values()) or made
+            return after(partial(call.key_side, tile, given["lse"], self.dout, given["inner"], *ends.values()), **made)
         how = tiles.stored
         assert how is not None
         T = self.shape.length
-        width = (self.shape.heads * self.rows, -(-T // how.queries) * how.queries, -(-T // how.keys) * how.keys)
-        pairs = [self.q.new_zeros(width) for _ in range(2)]
+        size = (self.shape.heads * self.rows, -(-T // how.queries) * how.queries, -(-T // how.keys) * how.keys)
+        weights, dscores = (self.q.new_zeros(size) for _ in range(2))
         some = range(self.rows * self.shape.kv_heads)
         if kind == "pairs":
-            names = dict(zip(("weights", "dscores"), (x[:, :T, :T] for x in pairs), strict=True))
-            return lambda: call.pairs(how, some, given["out"], given["lse"], self.dout, *pairs) or names
-        for pair, name in zip(pairs, ("weights", "dscores"), strict=True):
+            run = partial(call.pairs, how, some, given["out"], given["lse"], self.dout, weights, dscores)
+            return after(run, weights=weights[:, :T, :T], dscores=dscores[:, :T, :T])
+        for name, pairs in (("weights", weights), ("dscores", dscores)):
             if name in given:
-                pair[:, :T, :T] = given[name]
+                pairs[:, :T, :T] = given[name]
             else:
-                pair.normal_()
-        if kind == "columns":
-            return lambda: (
-                call.columns(how, some, pairs[0], self.dout, 1.0, dv)
-                or call.columns(how, some, pairs[1], self.q, self.scale, dk)
-                or dict(dk=dk, dv=dv)
-            )
-        return lambda: call.lines(how, some, pairs[1], dq) or dict(dq=dq)
+                pairs.normal_()
+        if kind == "lines":
+            return after(partial(call.lines, how, some, dscores, dq), dq=dq)
+        values = partial(call.columns, how, some, weights, self.dout, 1.0, dv)
+        keys = partial(call.columns, how, some, dscores, self.q, self.scale, dk)
+        return after(lambda: (values(), keys()), dk=dk, dv=dv)
 
     def truth(self, layer: str) -> dict[str, Tensor]:
         """Every result in fp32, by the plain definition; lse over log 2."""
@@ -238,7 +248,7 @@ def check(task: tuple[int, str, tuple[int, ...], str]) -> tuple[int, str, tuple[
         made = problem.run(kind, call, given)()
         return size, kind, numbers, {name: error(x, truth[name]) for name, x in made.items()}
     except Exception as fault:  # a choice that does not fit the chip is a result
-        return size, kind, numbers, f"{type(fault).__name__}: {str(fault)[:120]}"
+        return size, kind, numbers, f"{type(fault).__name__}: {str(fault)[-200:]}"
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int = 7) -> float:
@@ -246,7 +256,7 @@ def milliseconds(call: Callable[[], object], device: str, repeats: int = 7) -> f
     spent = []
     for _ in range(repeats + 2):
         if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             call()
             end.record()
@@ -256,15 +266,15 @@ def milliseconds(call: Callable[[], object], device: str, repeats: int = 7) -> f
             start = time.perf_counter()
             call()
             spent.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(spent[2:])
+    return float(statistics.median(spent[2:]))
 
 
 def seen(problem: Problem, layer: str) -> float:
     """Multiply-adds twice, of one product of all queries and the keys they see."""
     shape = problem.shape
     window = shape.window if layer == "local" else shape.length
-    keys = sum(min(1 + i % shape.document, window) for i in range(shape.length))
-    return 2.0 * keys * problem.rows * shape.heads * problem.q.shape[3]
+    keys = float(sum(min(1 + i % shape.document, window) for i in range(shape.length)))
+    return 2 * keys * problem.rows * shape.heads * int(problem.q.shape[3])
 
 
 def best(found: dict[str, dict[tuple[int, ...], float]], base: Tiles) -> Tiles:
@@ -286,7 +296,7 @@ def best(found: dict[str, dict[tuple[int, ...], float]], base: Tiles) -> Tiles:
         if all(chosen):
             fastest = [min(each, key=each.__getitem__) for each in chosen]
             total = sum(each[numbers] for each, numbers in zip(chosen, fastest, strict=True))
-            sums[blocks] = total, Stored(*blocks, *(Piece(*numbers[2:]) for numbers in fastest))
+            sums[blocks] = total, Stored(blocks[0], blocks[1], *(Piece(*numbers[2:]) for numbers in fastest))
     stored = min(sums.values(), default=None)
     straight = sum(min(found[kind].values()) for kind in ("queries", "keys") if found.get(kind))
     if apart[0] and apart[1]:
@@ -296,11 +306,11 @@ def best(found: dict[str, dict[tuple[int, ...], float]], base: Tiles) -> Tiles:
 
 def whole(problem: Problem, attend: Attend, layer: str, device: str) -> dict[str, float]:
     """Milliseconds forward, and of backward in what both take together."""
-    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    q, k, v = inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     see = problem.sees[layer]
 
     def forward() -> Tensor:
-        return attend(*inputs, see, scale=problem.scale, cap=CAP)
+        return attend(q, k, v, see, scale=problem.scale, cap=CAP)
 
     with torch.no_grad():
         alone = milliseconds(forward, device)
@@ -310,8 +320,8 @@ def whole(problem: Problem, attend: Attend, layer: str, device: str) -> dict[str
 
 def errors(problem: Problem, attend: Attend, layer: str) -> dict[str, float]:
     """Relative errors of a backend on a small case."""
-    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    out = attend(*inputs, problem.sees[layer], scale=problem.scale, cap=CAP)
+    q, k, v = inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = attend(q, k, v, problem.sees[layer], scale=problem.scale, cap=CAP)
     made = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, inputs, problem.dout), strict=True), out=out)
     truth = problem.truth(layer)
     return {name: error(x, truth[name]) for name, x in made.items()}
@@ -401,11 +411,11 @@ def study(size: int, right: dict[str, list[tuple[int, ...]]], device: str, *, fl
         worst = {key: max(each[key] for each in wrong.values()) for key in ("out", "dq", "dk", "dv")}
         print(f"  {name}: errors " + ", ".join(f"{key} {value:.1e}" for key, value in worst.items()))
         for way, products in (("forward", 2), ("backward", 5)):
-            cells = (
+            parts = (
                 f"{layer} {each[way]:.2f} ms ({products * seen(problem, layer) / each[way] / 1e9:.0f} TFLOP/s)"
                 for layer, each in timed.items()
             )
-            print(f"    {way}: {', '.join(cells)}; together {sum(each[way] for each in timed.values()):.2f} ms")
+            print(f"    {way}: {', '.join(parts)}; together {sum(each[way] for each in timed.values()):.2f} ms")
         report["whole"][name], report["errors"][name] = timed, worst
     return report
 

@@ -29,7 +29,7 @@ ORDER = [
 
 RESERVED = {
     "torch.distributed": {"parallel.py", "train/distributed.py"},
-    "triton": {"ops/attention_decode.py", "ops/decode_kernels.py", "ops/loss_kernels.py"},
+    "triton": {"ops/attention_decode.py", "ops/attention_kernels.py", "ops/decode_kernels.py", "ops/loss_kernels.py"},
     "transformers": {"train/teacher.py"},
     "peft": set(),
     "trl": set(),

@@ -49,7 +49,7 @@ class Options:
     dtype: str = "auto"
     """auto (as stored), bfloat16, float32 or float16."""
     attention: str = "auto"
-    """Attention backend to check: auto, reference, blocked or flex."""
+    """Attention backend to check: auto, reference, blocked, flex or triton."""
     layers: Annotated[int, arg(metavar="N")] = 2
     """Layers to run with their weights, from the first; one local and one global are always among them."""
     offline: Flag = False

@@ -37,7 +37,7 @@ class Loading:
     dtype: str = "auto"
     """auto (as stored), bfloat16, float32 or float16."""
     attention: str = "auto"
-    """Attention backend: auto, reference, blocked or flex."""
+    """Attention backend: auto, reference, blocked, flex or triton."""
     revision: Text = None
     """Branch, tag or commit of a hub name."""
     token: Text = None

@@ -30,7 +30,7 @@ NOWHERE = tl.constexpr(2**30)
 """Beyond every position and every number of blocks; `attention.EMPTY`."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
     x, b, start, head, L, step_b, step_l, step_n, h, H: tl.constexpr, ROWS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -46,7 +46,7 @@ def _tile(  # type: ignore[no-untyped-def]
     return tile
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _put(  # type: ignore[no-untyped-def]
     x, tile, b, start, head, L, step_b, step_l, step_n, h, H: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def _put(  # type: ignore[no-untyped-def]
     tl.store(place, tile.to(x.dtype.element_ty), mask=(here < L)[:, None] & (h < H)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _scores(raw, scale, cap, CAPPED: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores over log 2, and their slope by scale * raw (None without a cap).
 
@@ -91,7 +91,7 @@ def _inner(a, b):  # type: ignore[no-untyped-def]
     return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _visible(at, pos, doc_at, doc_pos, window, DOCS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The rule of `Visibility.mask`, for queries at `at` and keys at `pos` that broadcast."""
     seen = (pos >= 0) & (pos <= at) & (at - pos < window)
@@ -100,7 +100,7 @@ def _visible(at, pos, doc_at, doc_pos, window, DOCS: tl.constexpr):  # type: ign
     return seen
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _places(pos, doc, b, start, L, ROWS: tl.constexpr, DOCS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Positions and documents of ROWS places; padding past the length."""
     here = start + tl.arange(0, ROWS)
@@ -110,7 +110,7 @@ def _places(pos, doc, b, start, L, ROWS: tl.constexpr, DOCS: tl.constexpr):  # t
     return found, of
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _extremes(pos, doc, inside, axis: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of blocks of places: least and most position and document of the real ones, and whether all are real."""
     real = inside & (pos >= 0) & (pos < NOWHERE)
@@ -122,7 +122,7 @@ def _extremes(pos, doc, inside, axis: tl.constexpr):  # type: ignore[no-untyped-
     return least, most, first, last, whole
 
 
-@triton.jit(do_not_specialize=["T", "S", "window"])
+@triton.jit(do_not_specialize=["T", "S", "window"])  # type: ignore[untyped-decorator]
 def _spans(  # type: ignore[no-untyped-def]
     own_pos, own_doc, other_pos, other_doc, spans, T, S, window,
     OWN: tl.constexpr, OTHER: tl.constexpr, CHUNK: tl.constexpr, DOCS: tl.constexpr, QUERIES: tl.constexpr,
@@ -163,7 +163,7 @@ def _spans(  # type: ignore[no-untyped-def]
     tl.store(spans + 3, tl.where(run, end, NOWHERE))
 
 
-@triton.jit(do_not_specialize=["T", "S", "window"])
+@triton.jit(do_not_specialize=["T", "S", "window"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n,
@@ -212,7 +212,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(lse + (b.to(tl.int64) * N + n) * T + t, tl.where(blind, float("inf"), found), mask=t < T)
 
 
-@triton.jit(do_not_specialize=["T", "S", "window"])
+@triton.jit(do_not_specialize=["T", "S", "window"])  # type: ignore[untyped-decorator]
 def _query_side(  # type: ignore[no-untyped-def]
     q, k, v, out, dout, lse, inner, dq, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, slant,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
@@ -251,7 +251,7 @@ def _query_side(  # type: ignore[no-untyped-def]
     _put(dq, total * slant, b, block * M, n, T, T * N * H, N * H, H, h, H, M)
 
 
-@triton.jit(do_not_specialize=["T", "S", "window"])
+@triton.jit(do_not_specialize=["T", "S", "window"])  # type: ignore[untyped-decorator]
 def _key_side(  # type: ignore[no-untyped-def]
     q, k, v, dout, lse, inner, dk, dv, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap, slant,
     q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
@@ -300,7 +300,7 @@ def _key_side(  # type: ignore[no-untyped-def]
         _put(dv, dvalue, b, block * J, kv, S, S * K * H, K * H, H, h, H, J)
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "base", "blocks", "across"])
+@triton.jit(do_not_specialize=["T", "S", "window", "base", "blocks", "across"])  # type: ignore[untyped-decorator]
 def _pairs(  # type: ignore[no-untyped-def]
     q, k, v, out, dout, lse, weights, dscores, q_pos, k_pos, q_doc, k_doc, spans, T, S, window, scale, cap,
     base, blocks, across, q_b, q_t, q_n, k_b, k_s, k_n, v_b, v_s, v_n, g_b, g_t, g_n,
@@ -351,7 +351,7 @@ def _pairs(  # type: ignore[no-untyped-def]
         tl.store(dscores + place + j * J, dscore.to(dscores.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])
+@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])  # type: ignore[untyped-decorator]
 def _columns(  # type: ignore[no-untyped-def]
     pairs, x, made, spans, T, S, slant, base, blocks, across, x_b, x_t, x_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
@@ -379,7 +379,7 @@ def _columns(  # type: ignore[no-untyped-def]
     _put(made, total * slant, b, block * J, kv, S, S * K * H, K * H, H, h, H, J)
 
 
-@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])
+@triton.jit(do_not_specialize=["T", "S", "base", "blocks", "across"])  # type: ignore[untyped-decorator]
 def _lines(  # type: ignore[no-untyped-def]
     pairs, x, made, spans, T, S, slant, base, blocks, across, x_b, x_s, x_n,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, J: tl.constexpr,

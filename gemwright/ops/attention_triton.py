@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gemwright.ops import attention_kernels as kernels
+from gemwright.ops import gpu
 from gemwright.ops.attention import EMPTY, Visibility
 
 SAFE_CAP: Final = 60.0
@@ -145,7 +145,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         return *Call.of(q, k, v, *ctx.how).backward(out, lse, grad), None, None, None, None
@@ -182,7 +182,7 @@ class Call:
             return out_BTNH, lse_BNT
         tile = self.tiles.forward
         shift = self.cap is None or self.cap > SAFE_CAP or self.q_BTNH.dtype == torch.float16
-        kernels._attend[(B * N, -(-T // tile.queries))](
+        gpu.attention()._attend[(B * N, -(-T // tile.queries))](
             self.q_BTNH, self.k_BSKH, self.v_BSKH, out_BTNH, lse_BNT, *self._seen("queries", tile.queries, tile.keys),
             *self._numbers(), *self._steps(), **self._shapes(tile), **self._kind(), SHIFT=shift,
         )  # fmt: skip
@@ -212,7 +212,7 @@ class Call:
         """Write dQ, and the inner products of the output and its gradient."""
         B, T, N, _ = self.q_BTNH.shape
         tile = self.tiles.queries
-        kernels._query_side[(B * N, -(-T // tile.queries))](
+        gpu.attention()._query_side[(B * N, -(-T // tile.queries))](
             self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, inner, dq,
             *self._seen("queries", tile.queries, tile.keys), *self._numbers(), self.scale,
             *self._steps(), *dout.stride()[:3], **self._shapes(tile), **self._kind(),
@@ -223,7 +223,7 @@ class Call:
     ) -> None:
         """Write dK, dV or both."""
         B, S, K, _ = self.k_BSKH.shape
-        kernels._key_side[(B * K, -(-S // tile.keys))](
+        gpu.attention()._key_side[(B * K, -(-S // tile.keys))](
             self.q_BTNH, self.k_BSKH, self.v_BSKH, dout, lse, inner, lse if dk is None else dk,
             lse if dv is None else dv, *self._seen("keys", tile.queries, tile.keys), *self._numbers(), self.scale,
             *self._steps(), *dout.stride()[:3], **self._shapes(tile), **self._kind(),
@@ -251,7 +251,7 @@ class Call:
         """Write weights and gradients of scores of some key/value heads, counted over all rows."""
         rows, columns = self._blocks(how)
         group = self.q_BTNH.shape[2] // self.k_BSKH.shape[2]
-        kernels._pairs[(len(some) * group, rows)](
+        gpu.attention()._pairs[(len(some) * group, rows)](
             self.q_BTNH, self.k_BSKH, self.v_BSKH, out, dout, lse, weights, dscores, *self._seen("written", *how[:2]),
             *self._numbers(), some.start, rows, columns, *self._steps(), *dout.stride()[:3],
             **self._shapes(how, how.pairs), **self._kind(),
@@ -260,7 +260,7 @@ class Call:
     def columns(self, how: Stored, some: range, pairs: Tensor, right: Tensor, slant: float, made: Tensor) -> None:
         """Write dV (of the weights and dO) or dK (of the scores' gradients and q)."""
         rows, columns = self._blocks(how)
-        kernels._columns[(len(some), columns)](
+        gpu.attention()._columns[(len(some), columns)](
             pairs, right, made, *self._seen("keys", *how[:2])[4:7], slant, some.start, rows, columns,
             *right.stride()[:3], **self._shapes(how, how.columns),
         )  # fmt: skip
@@ -269,7 +269,7 @@ class Call:
         """Write dQ."""
         rows, columns = self._blocks(how)
         group = self.q_BTNH.shape[2] // self.k_BSKH.shape[2]
-        kernels._lines[(len(some) * group, rows)](
+        gpu.attention()._lines[(len(some) * group, rows)](
             dscores, self.k_BSKH, dq, *self._seen("written", *how[:2])[4:7], self.scale, some.start, rows, columns,
             *self.k_BSKH.stride()[:3], **self._shapes(how, how.lines),
         )  # fmt: skip
@@ -355,7 +355,7 @@ def _found(see: Visibility, side: str, queries: int, keys: int) -> Tensor:
     B, L = own.shape
     blocks = -(-L // size)
     spans = torch.empty(B, blocks, 4, dtype=torch.int32, device=own.device)
-    kernels._spans[(blocks, B)](
+    gpu.attention()._spans[(blocks, B)](
         own, own_doc, other, other_doc, spans, L, other.shape[1], window,
         size, other_size, max(1, 2048 // other_size), docs, side == "queries", num_warps=4,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""What torch code asks about CUDA: which tensors the own kernels serve (Triton: `decode_kernels.py` and
-`loss_kernels.py`), small uploads."""
+"""What torch code asks about CUDA: which tensors the own kernels serve (Triton: `decode_kernels.py`,
+`attention_kernels.py` and `loss_kernels.py`), small uploads."""
 
 from __future__ import annotations
 
@@ -60,3 +60,11 @@ def losses() -> ModuleType:
     from gemwright.ops import loss_kernels
 
     return loss_kernels
+
+
+@functools.cache
+def attention() -> ModuleType:
+    """The module of kernels of attention over whole sequences."""
+    from gemwright.ops import attention_kernels
+
+    return attention_kernels

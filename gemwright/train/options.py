@@ -158,7 +158,7 @@ class ModelOptions:
     offline: bool = False
     """Take hub names from the cache only."""
     attn_implementation: str = "auto"
-    """auto, reference, blocked or flex; eager, which others want for Gemma 2, is taken as auto: the same numbers."""
+    """auto, reference, blocked, flex or triton; eager, which others want for Gemma 2, is auto: the same numbers."""
     use_peft: bool = False
     """Train a LoRA adapter (PEFT files) instead of all weights."""
     lora_r: int = 16
@@ -258,7 +258,7 @@ class PretrainConfig(TrainConfig):
     max_seq_length: int = 1024
     """Places of a row. Rows are packed, and longer documents split."""
     attn_implementation: str = "auto"
-    """auto, reference, blocked or flex."""
+    """auto, reference, blocked, flex or triton."""
     offline: bool = False
     """Take hub names from the cache only."""
 
