@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gemwright.weights import DTYPES, Entry, read_header, read_json
+from gemwright.weights import DTYPES, Entry, read_header, read_json, save_tensors
 from gemwright.weights import CheckpointError as CheckpointError
 
 CONFIG: Final = "config.json"
@@ -305,10 +303,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 
 def _write_shard(path: Path, shard: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        save_file(shard, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.parent}: cannot write the weights: {error}") from error
+    save_tensors(shard, path, metadata)
     _sync(path)
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +39,7 @@ from gemwright.config import ModelConfig
 from gemwright.model import Gemma2
 from gemwright.ops.cpu import has_fast_bf16
 from gemwright.swap import put
+from gemwright.weights import save_tensors
 
 
 class LoRALinear(nn.Module):
@@ -186,7 +186,7 @@ def save_adapter(model: Gemma2, folder: str | Path, *, base_model: str | None = 
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:
-        save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
+        save_tensors(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         text = json.dumps(_peft_config(model, layers, base_model), indent=2, sort_keys=True)
         (partial / ADAPTER_CONFIG).write_text(text + "\n")
         partial.rename(target)

@@ -97,7 +97,7 @@ def detect(source: Source, format: Format) -> Kind:
     """
     row = next(source.rows(), None)
     if row is None:
-        raise ValueError("data: there are no rows")
+        raise ValueError(f"data: {source.name}: there are no rows")
     found = kinds(list(row.data), format)
     came = ", ".join(map(str, row.data)) or "none"
     if format.kind is not None:

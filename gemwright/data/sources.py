@@ -32,6 +32,10 @@ class Row(NamedTuple):
 class Source(Protocol):
     """Rows in a fixed order; every call of `rows` starts at the first."""
 
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+
     def rows(self) -> Iterator[Row]: ...
     def identity(self) -> str:
         """Changes whenever the rows may have changed: the key of what is derived from them.
@@ -94,6 +98,7 @@ def _matches(name: str) -> list[Path]:
 class _Files:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
+        self.name = ", ".join(map(str, paths))
 
     def rows(self) -> Iterator[Row]:
         for path in self._paths:
@@ -184,6 +189,7 @@ class _Dataset:
     """A folder saved by `datasets`, or a name on the hub."""
 
     def __init__(self, name: str, config: str | None, split: str | None, streaming: bool) -> None:
+        self.name = name
         folder = Path(name)
         if folder.is_dir() and not any((folder / mark).is_file() for mark in _DATASET_MARKS):
             allowed = f"a folder that datasets.save_to_disk wrote; for files give a glob such as '{folder}/*.jsonl'"

@@ -26,6 +26,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -144,8 +145,14 @@ class World:
         writer = HuggingFaceStorageWriter(
             str(folder), fqn_to_index_mapping=files, save_distributed=self.mesh is not None
         )
-        with _no_warning():
-            save(state, storage_writer=writer, no_dist=self.mesh is None)
+        try:
+            with _no_warning():
+                save(state, storage_writer=writer, no_dist=self.mesh is None)
+        except CheckpointException as error:  # holds every rank's own; a full disk is the user's to mend
+            for cause, _ in error.failures.values():
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(folder)) from error
+            raise
 
     def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
         """Read them back into this rank's parts, whatever number of ranks wrote them."""

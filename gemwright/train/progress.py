@@ -231,6 +231,9 @@ def draw(out: Path) -> bool:
     if axes.lines:
         axes.legend()
     partial = out / f".{PICTURE}.partial"
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(out / PICTURE)
+    try:
+        figure.savefig(partial, dpi=120, format="png")
+        partial.replace(out / PICTURE)
+    finally:
+        partial.unlink(missing_ok=True)
     return True

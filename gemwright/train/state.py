@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gemwright.train.distributed import World
 from gemwright.train.export import Export
 from gemwright.train.optimizer import AdamW
-from gemwright.weights import CheckpointError, read_json
+from gemwright.weights import CheckpointError, read_json, save_tensors
 
 STATE: Final = "trainer_state.json"
 VERSION: Final = 1
@@ -80,7 +80,7 @@ class Checkpoints:
             export.run(model, world, partial)
             world.wait()
             world.save(optimizer.state(), partial / "state")
-            save_file(_rng(world.device), partial / f"rng-{world.rank:05d}.safetensors")
+            save_tensors(_rng(world.device), partial / f"rng-{world.rank:05d}.safetensors")
             world.wait()
             if world.leads:
                 record = {"version": VERSION, "step": step, "updates": optimizer.updates, **progress}
@@ -95,6 +95,14 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
         world.wait()
         return final
+
+    def unwritten(self, error: OSError) -> OSError:
+        """What to say where a run could not write: what it leaves, and how to go on."""
+        steps = self.steps()
+        left = (
+            f"{self.path(steps[-1])} is whole, and --resume goes on from it" if steps else "no checkpoint was made yet"
+        )
+        return OSError(error.errno, f"output_dir: {self.out}: {error.strerror}; {left}")
 
     def prune(self, best: int | None) -> None:
         """Remove all but the last `keep` checkpoints and the best."""

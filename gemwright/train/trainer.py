@@ -15,6 +15,7 @@ number of ranks. On SIGTERM the current step is finished and saved, and the run 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ from gemwright.train.state import Checkpoints, differences
 
 TERMINATED: Final = 143
 """Exit code after SIGTERM: 128 + 15, as a shell says of a process that the signal ended; the state is saved."""
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of an OSError that say that a disk, a quota or a file is full."""
 Outcome = Literal["done", "terminated"]
 
 
@@ -182,12 +185,17 @@ class Trainer:
         )
         with _sigterm() as stop:
             try:
-                outcome = self._loop(progress, stop)
-            finally:
-                progress.close()
-        if outcome == "done":
-            step = int(self.best["step"]) if config.load_best_model_at_end and self.best else self.done
-            self.checkpoints.publish(step)
+                try:
+                    outcome = self._loop(progress, stop)
+                finally:
+                    progress.close()
+                if outcome == "done":
+                    step = int(self.best["step"]) if config.load_best_model_at_end and self.best else self.done
+                    self.checkpoints.publish(step)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise self.checkpoints.unwritten(error) from error
         self.world.wait()
         return outcome
 
