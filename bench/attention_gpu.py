@@ -65,11 +65,11 @@ def triples(*rows: str) -> list[tuple[int, ...]]:
 CANDIDATES: Final[dict[int, dict[str, list[tuple[int, ...]]]]] = {
     256: {
         "forward": triples(
-            "128 64 8 2", "128 32 8 3", "128 32 8 2", "128 64 8 1", "64 64 4 2", "64 32 4 2", "64 64 8 2"
+            "128 64 8 2", "128 32 8 3", "128 64 8 1", "64 64 4 2", "64 32 4 2"
         ),
         "pairs": triples(
             "128 128 64 8 3", "128 128 64 8 2", "128 128 32 8 4", "128 64 64 8 2", "128 64 32 8 3", "64 128 64 8 2",
-            "64 64 64 4 2", "64 64 64 4 3", "128 64 64 8 3", "128 128 128 8 1", "128 64 64 4 2",
+            "64 64 64 4 2", "64 64 64 4 3", "128 64 64 8 3",
         ),
         "columns": triples(
             "128 128 64 8 3", "128 128 64 8 4", "128 128 32 8 4", "128 128 64 8 2", "128 64 64 4 2", "128 64 64 4 3",
@@ -85,19 +85,19 @@ CANDIDATES: Final[dict[int, dict[str, list[tuple[int, ...]]]]] = {
         "values alone": triples("64 128 8 2", "32 128 8 3", "64 64 4 1", "64 64 4 2"),
     },
     128: {
-        "forward": triples("128 64 8 3", "128 128 8 2", "128 64 4 2", "128 128 8 3", "64 64 4 3"),
+        "forward": triples("128 64 8 3", "128 128 8 2", "64 64 4 3"),
         "pairs": triples("128 128 64 8 3", "128 64 64 8 2", "128 128 64 8 2", "64 64 64 4 2", "128 64 64 8 3"),
         "columns": triples("128 128 64 8 3", "128 128 64 8 4", "128 64 64 4 3", "64 64 64 4 3"),
         "lines": triples("128 128 64 8 3", "128 128 64 8 4", "64 64 64 4 3"),
-        "queries": triples("128 64 8 2", "128 64 8 3", "64 64 4 2", "128 128 8 1", "64 32 4 3"),
-        "keys": triples("64 128 8 2", "64 64 4 2", "32 128 8 3", "64 128 8 1", "64 64 8 2", "32 64 4 3"),
+        "queries": triples("128 64 8 2", "128 64 8 3", "64 64 4 2"),
+        "keys": triples("64 128 8 2", "32 128 8 3", "64 64 8 2", "32 64 4 3"),
         "keys alone": triples("64 128 8 2", "64 64 4 2"),
         "values alone": triples("64 128 8 3", "64 64 4 3"),
     },
     64: {
-        "forward": triples("128 64 4 3", "128 128 8 3", "64 64 4 3", "128 128 4 2", "128 64 8 3"),
-        "queries": triples("128 64 4 3", "64 64 4 3", "128 64 8 3", "64 128 4 2", "128 128 8 2"),
-        "keys": triples("64 128 8 3", "64 64 4 3", "64 128 4 2", "32 128 4 3", "128 128 8 2", "64 64 4 2"),
+        "forward": triples("64 64 4 3", "128 64 8 3", "128 128 8 3", "64 64 4 2"),
+        "queries": triples("64 64 4 3", "128 64 8 3", "64 64 4 2", "64 32 4 3"),
+        "keys": triples("64 64 4 2", "64 128 8 3", "64 64 4 3", "32 64 4 3"),
     },
     16: {
         "forward": triples("32 16 4 1"), "queries": triples("32 16 4 1"), "keys": triples("16 32 4 1"),
@@ -251,6 +251,23 @@ def check(task: tuple[int, str, tuple[int, ...], str]) -> tuple[int, str, tuple[
         return size, kind, numbers, f"{type(fault).__name__}: {str(fault)[-200:]}"
 
 
+def written(tiles: Tiles) -> dict[str, Any]:
+    """Tiles as JSON has them."""
+    made: dict[str, Any] = {name: getattr(tiles, name) for name in ("forward", "queries", "keys", "values")}
+    how = tiles.stored
+    return dict(made, stored=how and dict(blocks=how[:2], pieces=how[2:]))
+
+
+def take(path: Path) -> None:
+    """Put tiles that were found into the backend's table."""
+    for size, study in json.loads(path.read_text()).items():
+        if isinstance(study, dict) and "tiles" in study:
+            found, how = study["tiles"], study["tiles"]["stored"]
+            named = {name: found[name] and Tile(*found[name]) for name in ("forward", "queries", "keys", "values")}
+            stored = how and Stored(*how["blocks"], *(Piece(*piece) for piece in how["pieces"]))
+            attention_triton.KERNELS[int(size)] = Tiles(**named, stored=stored)
+
+
 def milliseconds(call: Callable[[], object], device: str, repeats: int = 7) -> float:
     """Median of some calls after two."""
     spent = []
@@ -399,7 +416,7 @@ def study(size: int, right: dict[str, list[tuple[int, ...]]], device: str, *, fl
             table.append(dict(kind=kind, tiles=numbers, ms=spent, rate=rates))
     tiles = best(found, base)
     print(f"  best: {tiles}")
-    report: dict[str, Any] = {"kernels": table, "best": repr(tiles), "whole": {}, "errors": {}}
+    report: dict[str, Any] = {"kernels": table, "tiles": written(tiles), "whole": {}, "errors": {}}
     few = small(size, device)
     for name, attend in attends(tiles, device, flex=flex).items():
         try:

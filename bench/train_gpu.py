@@ -1,15 +1,15 @@
 """Training a model of the 2B shape on one GPU, full and LoRA, beside transformers; and the losses at the head alone.
 
 Weights are random and made on the device, the same for every runner; so are the tokens (Zipf over a thousand ids, one
-document of 8192) and the adapters' first factors. Ours are the trainer's own parts: compiled blocks, FlexAttention, the
-chunked loss, AdamW over fp32 masters. transformers runs eager attention under its own gradient checkpointing (without
-it, 26 layers of scores would take 100 GiB); full fine-tuning there keeps no masters (AdamW in bf16), since with them it
-does not fit: its speed and memory compare, its course only about. Adapters are PEFT's there.
+document of 8192) and the adapters' first factors. Ours are the trainer's own parts: compiled blocks, attention in
+Triton, the chunked loss, AdamW over fp32 masters. transformers runs eager attention under its own gradient
+checkpointing (without it, 26 layers of scores would take 100 GiB); full fine-tuning there keeps no masters (AdamW in
+bf16), since with them it does not fit: its speed and memory compare, its course only about. Adapters are PEFT's there.
 
-Every part is a process with a limit of its own, and what it printed until then counts. First the tiles of the attention
-kernels are compared (`attention`), and the best serve the parts after it.
+Every part is a process with a limit of its own, and what it printed until then counts. The tiles of the attention
+kernels may be those that bench/attention_gpu.py found and wrote.
 
-    python bench/train_gpu.py [--budget 150] [--parts attention full lora ...]
+    python bench/train_gpu.py [--budget 150] [--parts full lora ...] [--attention flex] [--tiles attention_gpu.json]
     python bench/train_gpu.py --device cpu --layers 2 --length 64 --shrink 64 --steps 3      # a trial of the bench
 """
 
@@ -24,18 +24,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import attention_gpu
 import torch
 from torch import Tensor
 
 from gemwright.config import ModelConfig
 from gemwright.lora import LoraConfig, LoRALinear, add_lora
 from gemwright.model import Gemma2
-from gemwright.ops import attention_flex
-from gemwright.ops.attention import Attention, Visibility
+from gemwright.ops.attention import BACKENDS, Attention, Visibility
 from gemwright.ops.divergence import divergence
 from gemwright.ops.head import Head
 from gemwright.ops.loss import cross_entropy
@@ -43,33 +42,12 @@ from gemwright.train.optimizer import AdamW
 from gemwright.train.speed import Work, compile_blocks, peak_flops, recompute_blocks
 
 LIMITS: Final = {
-    "attention": 38, "full": 45, "loss": 20, "lora": 60, "eager-lora": 40, "lora-uncompiled": 40, "eager-full": 40,
+    "full": 45, "loss": 20, "lora": 60, "eager-lora": 40, "lora-uncompiled": 40, "eager-full": 40,
     "flex-lora": 40, "full-recompute": 45,
 }  # fmt: skip
 """Parts in the order of their importance, and the seconds that each may take."""
 RATES: Final = {"full": 1e-4, "lora": 1e-3}
 LORA: Final = LoraConfig(rank=16, alpha=32, dropout=0.0, targets="all-linear")
-BEST: Final = attention_flex.KERNELS[256]
-TILES: Final[tuple[dict[str, int], ...]] = tuple(
-    BEST
-    | dict(
-        zip(
-            ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2", "bwd_num_warps", "bwd_num_stages"),
-            choice,
-            strict=True,
-        )
-    )
-    for choice in (
-        (64, 64, 64, 64, 8, 2),
-        (32, 64, 64, 32, 8, 2),
-        (32, 64, 64, 32, 4, 2),
-        (32, 64, 128, 32, 8, 2),
-        (32, 32, 64, 32, 4, 2),
-    )
-)
-"""Tiles of the kernels at head size 256 that are tried."""
-OWN: Final = {"forward": 3.76 + 2.15, "backward": 8.38 + 10.8}
-"""Milliseconds of torch's own choice for a local and a global layer (an H100, torch 2.11)."""
 
 
 def say(**facts: Any) -> None:
@@ -86,6 +64,8 @@ class Sizes:
     length: int
     shrink: int
     steps: int
+    attention: str
+    tiles: str
 
     def config(self) -> ModelConfig:
         """Head count and widths of 2B, divided."""
@@ -112,6 +92,25 @@ class Sizes:
         generator = torch.Generator().manual_seed(1)
         while True:
             yield 1 + torch.multinomial(odds, self.length + 1, replacement=True, generator=generator)[None]
+
+    def backend(self) -> str:
+        """What attention runs on: as asked, with the tiles that were found; flex, and a line, where triton fails."""
+        if self.device == "cpu":
+            return "blocked"
+        if self.attention != "triton":
+            return self.attention
+        try:
+            if self.tiles:
+                attention_gpu.take(Path(self.tiles))
+            pos_BT = torch.arange(300, device=self.device)[None]
+            q, k, v = (torch.randn(1, 300, n, 256, device=self.device).bfloat16().requires_grad_() for n in (8, 4, 4))
+            out = BACKENDS["triton"].load()(q, k, v, Visibility(pos_BT, pos_BT, window=100), scale=0.06, cap=50.0)
+            torch.autograd.grad(out.sum(), (q, k, v))
+            self.sync()
+        except Exception as error:  # what is compared is training; the kernels have a bench of their own
+            say(attention="flex", fault=f"{type(error).__name__}: {str(error)[-300:]}")
+            return "flex"
+        return "triton"
 
     def sync(self) -> None:
         """Wait for the device."""
@@ -142,7 +141,7 @@ def ours(sizes: Sizes, *, lora: bool, recompute: bool = False, compiled: bool = 
         parameter = torch.nn.Parameter(sizes.parameter(index, shape), requires_grad=not lora)
         setattr(model.get_submodule(parent), leaf, parameter)
     model.tie()
-    backend = "flex" if sizes.device == "cuda" else "blocked"
+    backend = sizes.backend()
     model.attention = Attention(backend, backend, backend)
     if lora:
         add_lora(model, LORA)
@@ -254,34 +253,6 @@ def timed(sizes: Sizes, step: Callable[[Tensor, Tensor], Tensor], flops: float) 
         start = time.perf_counter()
 
 
-def attention(sizes: Sizes) -> None:
-    """Milliseconds forward and backward of a local and a global layer, for each choice of tiles."""
-    config = sizes.config()
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    q, k, v = (torch.randn(1, sizes.length, n, config.head_dim, device=sizes.device).bfloat16() for n in heads)
-    qkv = [x.requires_grad_() for x in (q, k, v)]
-    pos_BT = torch.arange(sizes.length, device=sizes.device)[None]
-    layers = [Visibility(pos_BT, pos_BT, window=window) for window in (config.sliding_window, None)]
-    outer = torch.randn_like(q)
-
-    def attend(see: Visibility) -> Tensor:
-        return attention_flex.flex(q, k, v, see, scale=config.scale, cap=config.attn_logit_softcapping)
-
-    for tiles in TILES:
-        attention_flex.KERNELS[config.head_dim] = tiles
-        try:
-            with torch.no_grad():
-                forward = [milliseconds(partial(attend, see), sizes) for see in layers]
-            both = [
-                milliseconds(lambda see=see: torch.autograd.grad(attend(see), qkv, outer), sizes)  # type: ignore[misc]
-                for see in layers
-            ]
-        except Exception as error:  # a choice that does not fit the chip is a result
-            say(tiles=tiles, error=f"{type(error).__name__}: {str(error)[:160]}")
-            continue
-        say(tiles=tiles, forward=forward, backward=[b - f for b, f in zip(both, forward, strict=True)])
-
-
 def milliseconds(call: Callable[[], object], sizes: Sizes, repeats: int = 5) -> float:
     """Median of some calls after one."""
     times = []
@@ -334,7 +305,6 @@ def loss(sizes: Sizes) -> None:
 
 
 PARTS: Final[dict[str, Callable[[Sizes], None]]] = {
-    "attention": attention,
     "full": lambda sizes: ours(sizes, lora=False),
     "full-recompute": lambda sizes: ours(sizes, lora=False, recompute=True),
     "lora": lambda sizes: ours(sizes, lora=True),
@@ -346,9 +316,9 @@ PARTS: Final[dict[str, Callable[[Sizes], None]]] = {
 }
 
 
-def run_part(name: str, options: argparse.Namespace, limit: float, tiles: dict[str, int]) -> list[dict[str, Any]]:
+def run_part(name: str, options: argparse.Namespace, limit: float) -> list[dict[str, Any]]:
     """The lines of a part that ran in a process of its own, for `limit` seconds at most."""
-    flags = ["--part", name, "--tiles", json.dumps(tiles)]
+    flags = ["--part", name]
     for field in dataclasses.fields(Sizes):
         flags += [f"--{field.name}", str(getattr(options, field.name))]
     environment = {
@@ -369,17 +339,6 @@ def run_part(name: str, options: argparse.Namespace, limit: float, tiles: dict[s
         tail = f"stopped after {limit:.0f} s: {(error.stderr or b'').decode().strip()[-300:]}"
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return [*lines, *([{"stopped": tail}] if tail else [])]
-
-
-def best_tiles(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """Forward tiles of the fastest forward, backward tiles of the fastest backward."""
-    found = [line for line in lines if "forward" in line]
-    chosen: dict[str, int] = {}
-    for way, prefix in (("forward", "fwd_"), ("backward", "bwd_")):
-        fastest = min(found, key=lambda line: sum(line[way]), default=None)
-        if fastest is not None and sum(fastest[way]) < OWN[way]:
-            chosen |= {key: value for key, value in fastest["tiles"].items() if key.startswith(prefix)}
-    return chosen
 
 
 def report(name: str, lines: list[dict[str, Any]], sizes: Sizes, peak_rate: float) -> None:
@@ -406,15 +365,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(LIMITS), choices=list(LIMITS))
     parser.add_argument("--budget", type=float, default=150, help="seconds of all parts together")
     parser.add_argument("--part", choices=list(LIMITS), help="one part, in this process")
-    parser.add_argument("--tiles", type=json.loads, default={}, help="of the attention kernels at head size 256")
+    parser.add_argument("--attention", choices=("triton", "flex"), default="triton")
+    parser.add_argument("--tiles", default="", help="what bench/attention_gpu.py wrote")
     for name, default in {"layers": 26, "length": 8192, "shrink": 1, "steps": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     sizes = Sizes(*(getattr(options, field.name) for field in dataclasses.fields(Sizes)))
     if options.part:
-        if options.tiles:
-            attention_flex.KERNELS[256] = options.tiles
         PARTS[options.part](sizes)
         return
     device = torch.device(options.device)
@@ -423,19 +381,17 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}; MFU of {peak_rate / 1e12:.0f} TFLOP/s ({origin})", flush=True)
     if options.device == "cuda":
         torch.cuda.empty_cache()
-    begun, tiles, found = time.monotonic(), options.tiles, {}
+    begun, found = time.monotonic(), {}
     for part in options.parts:
         left = options.budget - (time.monotonic() - begun)
         if left < 12:
             print(f"{part}: not run, {left:.0f} s are left")
             continue
-        found[part] = run_part(part, options, min(LIMITS[part], left), tiles)
-        if part == "attention":
-            tiles = best_tiles(found[part]) or tiles
+        found[part] = run_part(part, options, min(LIMITS[part], left))
         report(part, found[part], sizes, peak_rate)
     if out := os.environ.get("OUT"):
-        (Path(out) / "train_gpu.json").write_text(json.dumps({"tiles": tiles, **found}))
-    print(f"tiles: {json.dumps(tiles)}; {time.monotonic() - begun:.0f} s")
+        (Path(out) / "train_gpu.json").write_text(json.dumps({"attention": options.attention, **found}))
+    print(f"attention: {options.attention}; {time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":
