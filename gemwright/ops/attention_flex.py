@@ -5,8 +5,8 @@ Which blocks are skipped follows from the smallest and largest position and docu
 queries and keys is ever made.
 Positions, documents, window, scale and cap all reach the kernel as captured tensors: their values may change without
 compiling again, and local and global layers share one kernel. (A float that changes in the closure would become a
-symbol, which the compiler of torch 2.13 cannot lower.) Numbers are filled in on the device: nothing is waited for, and a
-CUDA graph may hold the pass.
+symbol, which the compiler of torch 2.13 cannot lower.) Numbers are filled in on the device: nothing is waited for, and
+a CUDA graph may hold the pass.
 
 On CPU the kernel runs forward alone (torch 2.13 has no CPU backward), which is how its arithmetic is tested without a
 GPU. There lengths are padded to whole blocks: its product q . k writes past the end of the scores where the last keys
