@@ -27,13 +27,14 @@ from gemwright.checkpoint import Checkpoint
 from gemwright.data.batch import Batch
 from gemwright.data.loader import Batching, Loader
 from gemwright.model import Gemma2
+from gemwright.ops.attention import Attention
 from gemwright.train import distributed
 from gemwright.train.distributed import World
 from gemwright.train.optimizer import SCHEDULES, AdamW, Schedule
 from gemwright.train.options import FREE, PRETRAIN_FREE, SFT_FREE, PretrainConfig, Scheduler, SftConfig
 from gemwright.train.progress import LOG, records
 from gemwright.train.sft import loss
-from gemwright.train.speed import Work
+from gemwright.train.speed import Work, check_recording, choose_precision
 from gemwright.train.state import STATE
 from gemwright.train.trainer import Diverged
 
@@ -300,6 +301,55 @@ def test_compiled_blocks_follow_eager_ones(tmp_path: Path) -> None:
     run(options(tmp_path / "both", **short, compile="on", gradient_checkpointing=True), made=model(config=config))
     for name in ("compiled", "both"):
         torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recorded_passes_train_as_plain_ones(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded once, for batches of the first one's shape; evaluations run as before. On a CPU the recording is a
+    stand-in that counts."""
+    calls: list[torch.Size] = []
+    if place == "cpu":
+
+        def stand_in(module: Any, sample: tuple[Tensor, ...]) -> None:
+            plain = module.forward
+
+            def replay(*given: Tensor) -> Any:
+                assert [x.shape for x in given] == [x.shape for x in sample] and module.training
+                calls.append(given[0].shape)
+                return plain(*given)
+
+            module.forward = replay
+
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+        monkeypatch.setattr("gemwright.train.trainer.check_recording", lambda *of, **named: None)
+    for recorded in (False, True):
+        out = tmp_path / str(recorded)
+        changes: dict[str, Any] = {"logging_steps": 1, "cuda_graphs": recorded, "eval_steps": 3}
+        made = model().to(place)
+        made.attention = Attention("flex", "flex", "flex") if place == "cuda" else made.attention
+        trainer(options(out, **changes), World(0, 1, torch.device(place)), made=made, evaluate=True).train()
+    assert place == "cuda" or calls == [(2, LENGTH)] * 6
+    for key in ("loss", "eval_loss", "grad_norm"):
+        values = [
+            [line[key] for line in records(tmp_path / str(recorded) / LOG) if key in line] for recorded in (True, False)
+        ]
+        torch.testing.assert_close(*values, rtol=1e-4 if place == "cuda" else 0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "device cpu"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"dtype": "autocast"}, "autocast"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    config = options(tmp_path / "out", cuda_graphs=True, **changes)
+    device = torch.device("cuda" if changes else "cpu")
+    with pytest.raises(ValueError, match=f"cuda_graphs: given beside .*{told}"):
+        check_recording(config, device, choose_precision(config, CPU), sharded=False)
 
 
 def test_schedules_have_the_values_of_transformers_and_of_the_papers() -> None:

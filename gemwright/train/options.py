@@ -70,6 +70,9 @@ class TrainConfig:
     """Keep a block's input alone and compute the block again in backward: less memory, a third more work."""
     compile: Compile = "auto"
     """Compile the blocks: auto (long runs, where there is a compiler), on, off."""
+    cuda_graphs: bool = False
+    """Record the model's passes as CUDA graphs: for models so small that launching takes longer than computing. For
+    packed rows; batches of another shape than the first run as before. Takes more memory."""
     seed: int = 42
     """Of the order of the data, of fresh weights and of dropout."""
     logging_steps: int = 10
@@ -141,7 +144,7 @@ FREE: Final = (
     "output_dir", "resume", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
     "per_device_eval_batch_size", "max_refused", "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps",
     "save_total_limit", "load_best_model_at_end", "report_to", "run_name", "device", "dtype", "bf16", "cpu_offload",
-    "zero_stage", "token_cache", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "zero_stage", "cuda_graphs", "token_cache", "push_to_hub", "hub_model_id", "hub_private_repo",
 )  # fmt: skip
 """Options that a resumed run may change: the numbers do not hang on them (rows of an update and precision are compared
 in place of what they are made of)."""

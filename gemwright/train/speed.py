@@ -78,6 +78,44 @@ def compile_blocks(model: Gemma2) -> None:
         _replace_forward(block, partial(run, torch.compile(block.forward)))
 
 
+def record_passes(model: Gemma2) -> None:
+    """Run training's passes as two CUDA graphs, forward and backward: one launch each instead of hundreds.
+
+    They are recorded for the shape of the first batch that is trained on; a batch of another shape, or an evaluation,
+    runs as before. They keep the memory of their activations, and read parameters where they lie, which may change in
+    place alone. The gradients lie in memory that the next backward pass overwrites.
+    """
+    plain = model.forward
+    recorded: dict[torch.Size, Callable[..., Tensor]] = {}
+
+    def forward(tokens_BT: Tensor, pos_BT: Tensor, doc_BT: Tensor | None = None, cache: Any = None) -> Tensor:
+        if not model.training or not torch.is_grad_enabled() or doc_BT is None or cache is not None:
+            return plain(tokens_BT, pos_BT, doc_BT, cache)
+        if not recorded:
+            _replace_forward(model, plain)
+            sample = tuple(x.clone() for x in (tokens_BT, pos_BT, doc_BT))
+            torch.cuda.make_graphed_callables(model, sample)
+            recorded[tokens_BT.shape] = model.forward
+            _replace_forward(model, forward)
+        return recorded.get(tokens_BT.shape, plain)(tokens_BT, pos_BT, doc_BT)
+
+    _replace_forward(model, forward)
+
+
+def check_recording(config: TrainConfig, device: torch.device, precision: str, *, sharded: bool) -> None:
+    """ValueError where passes cannot be recorded, with the option that stands in the way."""
+    summed = config.gradient_accumulation_steps > 1 and precision == "float32"
+    for hinders, what in (
+        (device.type != "cuda", f"device {device.type}: graphs are CUDA's"),
+        (sharded, "several processes, or cpu_offload: their collectives are not recorded"),
+        (config.gradient_checkpointing, "gradient_checkpointing: it asks for random states"),
+        (precision == "autocast", "dtype autocast: it casts weights outside the graph"),
+        (summed, "gradient_accumulation_steps with dtype float32: the next batch would overwrite the gradients"),
+    ):
+        if hinders:
+            raise ValueError(f"cuda_graphs: given beside {what}")
+
+
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """An instance's own `forward`: the module's class, its names and the hooks around the call stay."""
     module.__dict__["forward"] = forward

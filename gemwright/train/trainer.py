@@ -37,11 +37,13 @@ from gemwright.train.progress import Progress, Stopwatch, memory
 from gemwright.train.speed import (
     Measured,
     Work,
+    check_recording,
     choose_precision,
     compile_blocks,
     pays_to_compile,
     peak_flops,
     recompute_blocks,
+    record_passes,
 )
 from gemwright.train.state import Checkpoints, differences
 
@@ -149,6 +151,9 @@ class Trainer:
             compile_blocks(model)
         if config.gradient_checkpointing:
             recompute_blocks(model)
+        if config.cuda_graphs:
+            check_recording(config, world.device, self.precision, sharded=world.mesh is not None)
+            record_passes(model)
         world.shard(model, dtype=torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
         self.optimizer = AdamW(
             model.named_parameters(),

@@ -68,6 +68,7 @@ class Place:
     out: Path
     device: str
     rows: int
+    graphs: bool
 
     def options(self, name: str, seed: int, *, rate: float, epochs: float) -> dict[str, Any]:
         """Options of the trainer."""
@@ -76,7 +77,7 @@ class Place:
             eval_dataset_name=str(self.data / "heldout.jsonl"), token_cache=str(self.data / "tokens"),
             num_train_epochs=epochs, per_device_train_batch_size=self.rows, per_device_eval_batch_size=self.rows,
             learning_rate=rate, lr_scheduler_type="cosine", min_lr_ratio=0.1, warmup_ratio=0.03, adam_beta2=0.95,
-            weight_decay=0.1, logging_steps=40, eval_steps=160, save_steps=1000,
+            weight_decay=0.1, logging_steps=40, eval_steps=160, save_steps=1000, cuda_graphs=self.graphs,
         )  # fmt: skip
 
     def scratch(self, name: str, seed: int, shape: str, text: str, *, rate: float, epochs: float) -> Outcome:
@@ -164,7 +165,7 @@ NEEDS = {"local": "teacher", "cache": "teacher", "cached": "cache"}
 
 
 def run_all(place: Place, epochs: float, jobs: int) -> bool:
-    """Do what is not done, `jobs` runs side by side; whether all went well."""
+    """Do what is not done, `jobs` runs side by side; whether all went well. After a failure nothing new begins."""
     file = place.out / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(row["way"], row["seed"]) for row in rows}
@@ -185,6 +186,7 @@ def run_all(place: Place, epochs: float, jobs: int) -> bool:
                 task = running.pop(future)
                 if error := future.exception():
                     failed = True
+                    waiting.clear()
                     print(f"{task}: {type(error).__name__}: {error}", flush=True)
                     continue
                 done.add(task)
@@ -200,12 +202,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help=f"of {LENGTH} tokens in an update")
     parser.add_argument("--epochs", type=float, default=3, help="times that the teacher reads its text")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="CUDA graphs"
+    )
     parser.add_argument("--jobs", type=int, default=5 if torch.cuda.is_available() else 1, help="runs side by side")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, shape in {"student": STUDENT, "teacher": TEACHER}.items():
         (args.out / f"{name}.json").write_text(json.dumps(shape))
-    place = Place(args.data.resolve(), args.out.resolve(), args.device, args.rows)
+    place = Place(args.data.resolve(), args.out.resolve(), args.device, args.rows, args.graphs)
     if not run_all(place, args.epochs, args.jobs):
         sys.exit(1)
 
