@@ -13,11 +13,12 @@ import warnings
 import pytest
 import torch
 from attention_fixtures import BF16, CASES, FP32, IDS, Case, check_gradients, check_output, rule
+from oracle import relative
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemwright.ops import attention_blocked, attention_flex
+from gemwright.ops import attention_blocked, attention_flex, native
 from gemwright.ops.attention import (
     AUTO,
     BACKENDS,
@@ -280,3 +281,30 @@ def test_plain_backends_on_cuda(name: str, dtype: torch.dtype) -> None:
     for case in CASES:
         check_output(BACKENDS[name].load(), case, dtype, "cuda")
         check_gradients(BACKENDS[name].load(), case, dtype, "cuda")
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [1, attention_blocked.WORKSPACE])
+def test_blocked_is_the_same_without_the_native_passes(
+    dtype: torch.dtype, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients, with a window, documents and padding, scores past the cap; torch alone is the oracle."""
+    monkeypatch.setattr(attention_blocked, "WORKSPACE", workspace)
+    monkeypatch.setattr(attention_blocked, "has_fast_bf16", lambda: True)
+    pos = torch.cat([torch.arange(40), torch.arange(30), torch.full((7,), PADDING)]).expand(2, -1).clone()
+    doc = torch.cat([torch.zeros(40), torch.ones(37)]).long().expand(2, -1)
+    q, k, v = ((3 * torch.randn(2, 77, n, 16)).to(dtype).requires_grad_() for n in (4, 2, 2))
+    outer = torch.randn(2, 77, 4, 16).to(dtype)
+
+    def run() -> list[Tensor]:
+        see = Visibility(pos, pos, doc, doc, 9)
+        out = attention_blocked.blocked(q, k, v, see, scale=1.0, cap=20.0)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), outer)]
+
+    with torch.no_grad():
+        assert attention_blocked._serves(q, 20.0)
+    fast = run()
+    monkeypatch.setattr(native, "library", lambda: None)
+    for one, other in zip(fast, run(), strict=True):
+        assert relative(one, other) < (2e-6 if dtype == torch.float32 else 1e-2)

@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gemwright.ops import native, native_scores
 from gemwright.ops.attention import PADDING, Visibility
 from gemwright.ops.cpu import has_fast_bf16
 
@@ -164,6 +165,24 @@ def _hide(x_Zgs: Tensor, see: Visibility, block: Block, value: float) -> Tensor:
     return x_Zgs
 
 
+def _masks(see: Visibility, block: Block) -> native_scores.Hidden:
+    """The same for the native passes."""
+    start, stop = block.keys.start, block.keys.stop
+    left, right = (block.full.start, block.full.stop) if block.full.stop > block.full.start else (0, 0)
+
+    def make() -> native_scores.Hidden:
+        parts = (slice(start, start + left), slice(start + right, stop))
+        first_Btl, last_Btr = (_hidden(see, block.queries, part).contiguous() for part in parts)
+        return native_scores.Hidden(first_Btl, last_Btr, left, right)
+
+    return see.memo(("masks", block.queries.start, block.queries.stop, start, stop), make)
+
+
+def _serves(q_ZgH: Tensor, cap: float | None) -> bool:
+    """Whether the native passes do: they need no largest score, so the cap must bound it."""
+    return cap is not None and cap <= SAFE_CAP and native.serves(q_ZgH)
+
+
 def _hidden(see: Visibility, queries: slice, keys: slice) -> Tensor:
     """Mask [B, t, s] of the keys that are not visible."""
     return ~see.mask(queries, keys)
@@ -181,14 +200,37 @@ def _forward(
     lse_ZGT = q_BTNH.new_full((B * K, N // K, T), -torch.inf, dtype=torch.float32)
     for block in plan(see, N):
         q_ZgH = _group(q_BTNH[:, block.queries], K, dtype)
-        weights_Zgs, _, shift = _weights(q_ZgH, k_ZSH[:, block.keys], see, block, scale, cap, None)
-        total_Zg = weights_Zgs.sum(-1)
+        if _serves(q_ZgH, cap):
+            weights_Zgs = torch.bmm(q_ZgH, k_ZSH[:, block.keys].transpose(1, 2))
+            total_Zg = native_scores.weights_(weights_Zgs, _masks(see, block), None, scale=scale, cap=cap)
+            shift = total_Zg.new_zeros(())
+        else:
+            weights_Zgs, _, shift = _weights(q_ZgH, k_ZSH[:, block.keys], see, block, scale, cap, None)
+            total_Zg = weights_Zgs.sum(-1)
         out_ZgH = _products(weights_Zgs.to(dtype), v_ZSH[:, block.keys])
         out_ZgH /= total_Zg.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
         t = block.queries.stop - block.queries.start
         out_BTNH[:, block.queries] = _ungroup(out_ZgH, B, t)
         lse_ZGT[..., block.queries] = (total_Zg.log() + shift).view(B * K, N // K, t)
     return out_BTNH, lse_ZGT
+
+
+def _score_gradient(
+    q_ZgH: Tensor, k_ZsH: Tensor, v_ZsH: Tensor, dout_ZgH: Tensor, see: Visibility, block: Block, scale: float,
+    cap: float | None, lse_Zg: Tensor, delta_Zg: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weights of one block and the gradient by the products q k, in the dtype of q."""
+    if _serves(q_ZgH, cap):
+        weights_Zgs, d_Zgs = (torch.bmm(a, b.transpose(1, 2)) for a, b in ((q_ZgH, k_ZsH), (dout_ZgH, v_ZsH)))
+        native_scores.gradient_(weights_Zgs, d_Zgs, _masks(see, block), lse_Zg, delta_Zg, scale=scale, cap=cap)
+        return weights_Zgs, d_Zgs
+    weights_Zgs, tanh_Zgs, _ = _weights(q_ZgH, k_ZsH, see, block, scale, cap, lse_Zg)
+    d_Zgs = _products(dout_ZgH, v_ZsH.transpose(1, 2))
+    d_Zgs -= delta_Zg.unsqueeze(-1)
+    d_Zgs *= weights_Zgs
+    if tanh_Zgs is not None:  # derivative of cap * tanh(x / cap)
+        d_Zgs *= tanh_Zgs.square_().neg_().add_(1.0)
+    return weights_Zgs.to(q_ZgH.dtype), d_Zgs.mul_(scale).to(q_ZgH.dtype)
 
 
 class _Blocked(torch.autograd.Function):
@@ -218,14 +260,10 @@ class _Blocked(torch.autograd.Function):
             lse_Zg = lse_ZGT[..., block.queries].reshape(B * K, -1)
             lse_Zg = lse_Zg.masked_fill(lse_Zg == -torch.inf, torch.inf)
             keys = block.keys
-            weights_Zgs, tanh_Zgs, _ = _weights(q_ZgH, k_ZSH[:, keys], ctx.see, block, ctx.scale, ctx.cap, lse_Zg)
-            dv_ZSH[:, keys] += torch.bmm(weights_Zgs.to(dtype).transpose(1, 2), dout_ZgH)
-            dscores_Zgs = _products(dout_ZgH, v_ZSH[:, keys].transpose(1, 2))
-            dscores_Zgs -= (dout_ZgH.float() * out_ZgH).sum(-1, keepdim=True)
-            dscores_Zgs *= weights_Zgs
-            if tanh_Zgs is not None:  # derivative of cap * tanh(x / cap)
-                dscores_Zgs *= tanh_Zgs.square_().neg_().add_(1.0)
-            dx_Zgs = dscores_Zgs.mul_(ctx.scale).to(dtype)
+            delta_Zg = (dout_ZgH.float() * out_ZgH).sum(-1)
+            inputs = q_ZgH, k_ZSH[:, keys], v_ZSH[:, keys], dout_ZgH
+            weights_Zgs, dx_Zgs = _score_gradient(*inputs, ctx.see, block, ctx.scale, ctx.cap, lse_Zg, delta_Zg)
+            dv_ZSH[:, keys] += torch.bmm(weights_Zgs.transpose(1, 2), dout_ZgH)
             t = block.queries.stop - block.queries.start
             dq_BTNH[:, block.queries] = _ungroup(torch.bmm(dx_Zgs, k_ZSH[:, keys]), B, t)
             dk_ZSH[:, keys] += torch.bmm(dx_Zgs.transpose(1, 2), q_ZgH)

@@ -30,7 +30,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-SOURCES: Final = ("native.h", "native.c", "native_attention.c", "native_loss.c")
+SOURCES: Final = ("native.h", "native.c", "native_attention.c", "native_loss.c", "native_scores.c")
 FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fPIC", "-fopenmp")
 """`-fno-trapping-math` lets the compiler vectorise loops that choose; it changes no result."""
 COMPILE_SECONDS: Final = 300
@@ -66,6 +66,7 @@ _ARGUMENTS: Final = {
     "logits_gradient": [*[c_void_p] * 5, *[c_int64] * 3, c_int, c_int],
     "divergence_compare": [*[c_void_p] * 4, *[c_int64] * 2, c_int, c_float, c_int, c_int],
     "divergence_gradient": [*[c_void_p] * 4, *[c_int64] * 2, c_int, c_float, c_int, c_int],
+    "scores": [c_void_p],
     "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
 }
