@@ -15,6 +15,7 @@ from test_trainer import losses, same_bits, weights
 from torch.nn import functional as F
 from train_fixtures import together
 
+from gemwright.cli import main
 from gemwright.data.batch import Batch
 from gemwright.data.loader import Batching, Loader
 from gemwright.data.prepare import tokenize
@@ -193,3 +194,38 @@ def test_options_that_contradict(tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             distill(tmp_path, tmp_path, f"--model_name s {flags}")
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_bad_input_ends_in_one_line(
+    tmp_path: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command line: exit code 2, the fault by its name, no traceback, and no model in the folder."""
+    student, teacher = pair
+    data, other = rows(tmp_path / "rows.jsonl"), rows(tmp_path / "other.jsonl", 9)
+    assert cache(teacher, data, tmp_path / "cache") == 0
+    shutil.copytree(tmp_path / "cache", tmp_path / "bent")
+    shard = tmp_path / "bent" / "train" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x02")
+    shutil.copytree(teacher, tmp_path / "capped")
+    config = json.loads((teacher / "config.json").read_text())
+    (tmp_path / "capped" / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    shutil.copytree(teacher, tmp_path / "renamed")
+    file = tmp_path / "renamed" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<start_of_turn>", "<|im_start|>"))
+    for flags, rest, message in (
+        (f"--teacher {tmp_path / 'renamed'}", data, "'<start_of_turn>' has id 106 for the student and None"),
+        (f"--teacher_cache {tmp_path / 'cache'}", other, "was made from something else: data was"),
+        (f"--teacher {tmp_path / 'capped'} --teacher_cache {tmp_path / 'cache'}", data, "softcap was 5.0, is 30.0"),
+        (f"--teacher_cache {tmp_path / 'bent'}", data, f"{shard} is damaged"),
+        (f"--teacher_cache {tmp_path / 'none'}", data, "has no key.json; `gemwright cache-teacher` makes a cache"),
+        (f"--teacher {tmp_path / 'none'}", data, str(tmp_path / "none")),
+    ):
+        line = f"distill --model_name {student} --dataset_name {rest} --output_dir {tmp_path / 'out'} {fixtures.SHORT}"
+        capsys.readouterr()
+        assert main([*line.split(), *flags.split(), "--overwrite_output_dir"]) == 2
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+    # the damaged shard is made again by the same command, and the run goes through
+    assert cache(teacher, data, tmp_path / "bent") == 0
+    assert distill(data, tmp_path / "out", f"--model_name {student} --teacher_cache {tmp_path / 'bent'}") == 0
