@@ -73,7 +73,7 @@ class Options:
     rounds: int = 2
     threads: int = machine.cores()
     update: bool = False
-    """Replace this bench's section in docs/benchmarks.md."""
+    """Replace the parts' sections in docs/benchmarks.md."""
     case: str | None = None
     """Measure this case alone (a JSON object), and print one JSON line."""
 
@@ -349,17 +349,24 @@ def policy_table(options: Options) -> str:
     )
 
 
+TABLES: Final = {
+    "kl": ("the divergence at the head", kl_table),
+    "cache": ("the teacher's cache", cache_table),
+    "on-policy": ("on-policy updates", policy_table),
+}
+
+
 def main(options: Options) -> None:
-    """Run the parts, print the report, publish it where that was asked for."""
-    tables = {"kl": kl_table, "cache": cache_table, "on-policy": policy_table}
-    ceilings = machine.ceilings(options.threads)
-    parts = [tables[part](options) for part in options.parts]
+    """Run the parts; print each one's report, and publish it where that was asked for, as it is done."""
     command = " ".join(["python", "bench/distill.py", *sys.argv[1:]])
-    head = f"{machine.describe(options.threads)}. {ceilings}.\n\n`{command}`: medians of {options.rounds} rounds."
-    report = "\n\n".join(["## Distillation", head, *parts])
-    print(report)
-    if options.update:
-        machine.publish(ROOT / "docs" / "benchmarks.md", "bench/distill.py", report)
+    for part in options.parts:
+        title, table = TABLES[part]
+        ceilings, found = machine.ceilings(options.threads), table(options)
+        head = f"{machine.describe(options.threads)}. {ceilings}.\n\n`{command}`: medians of {options.rounds} rounds."
+        report = "\n\n".join([f"## Distillation: {title}", head, found])
+        print(report, flush=True)
+        if options.update:
+            machine.publish(ROOT / "docs" / "benchmarks.md", f"bench/distill.py, {part}", report)
 
 
 def _entry(options: Options) -> None:
