@@ -322,7 +322,7 @@ def test_launchers_start_ranks_that_agree_with_one(base: Path, tmp_path: Path, l
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "flags",
-    ["", "--cuda_graphs", "--use_peft --cuda_graphs", "--use_peft --load_in_4bit"],
+    ["", "--cuda_graphs", "--use_peft", "--use_peft --load_in_4bit"],
     ids=["full", "recorded", "lora", "qlora"],
 )
 def test_a_run_on_a_gpu(base: Path, tmp_path: Path, flags: str) -> None:

@@ -349,7 +349,14 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path, changes: dict[str, A
     config = options(tmp_path / "out", cuda_graphs=True, **changes)
     device = torch.device("cuda" if changes else "cpu")
     with pytest.raises(ValueError, match=f"cuda_graphs: given beside .*{told}"):
-        check_recording(config, device, choose_precision(config, CPU), sharded=False)
+        check_recording(config, device, choose_precision(config, CPU), sharded=False, adapted=False)
+
+
+def test_an_adapter_is_not_recorded(tmp_path: Path) -> None:
+    """On an H100 such a run failed; a device is not needed to say so."""
+    config = options(tmp_path / "out", cuda_graphs=True)
+    with pytest.raises(ValueError, match="cuda_graphs: given beside frozen weights"):
+        check_recording(config, torch.device("cuda"), "bfloat16", sharded=False, adapted=True)
 
 
 def test_schedules_have_the_values_of_transformers_and_of_the_papers() -> None:

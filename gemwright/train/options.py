@@ -72,7 +72,7 @@ class TrainConfig:
     """Compile the blocks: auto (long runs, where there is a compiler), on, off."""
     cuda_graphs: bool = False
     """Record the model's passes as CUDA graphs: for models so small that launching takes longer than computing. For
-    packed rows; batches of another shape than the first run as before. Takes more memory."""
+    packed rows, all weights trained; batches of another shape than the first run as before. Takes more memory."""
     seed: int = 42
     """Of the order of the data, of fresh weights and of dropout."""
     logging_steps: int = 10

@@ -102,12 +102,13 @@ def record_passes(model: Gemma2) -> None:
     _replace_forward(model, forward)
 
 
-def check_recording(config: TrainConfig, device: torch.device, precision: str, *, sharded: bool) -> None:
+def check_recording(config: TrainConfig, device: torch.device, precision: str, *, sharded: bool, adapted: bool) -> None:
     """ValueError where passes cannot be recorded, with the option that stands in the way."""
     summed = config.gradient_accumulation_steps > 1 and precision == "float32"
     for hinders, what in (
         (device.type != "cuda", f"device {device.type}: graphs are CUDA's"),
         (sharded, "several processes, or cpu_offload: their collectives are not recorded"),
+        (adapted, "frozen weights: a run with an adapter failed on the GPU where it was tried (torch 2.11)"),
         (config.gradient_checkpointing, "gradient_checkpointing: it asks for random states"),
         (precision == "autocast", "dtype autocast: it casts weights outside the graph"),
         (summed, "gradient_accumulation_steps with dtype float32: the next batch would overwrite the gradients"),

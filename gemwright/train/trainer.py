@@ -152,7 +152,8 @@ class Trainer:
         if config.gradient_checkpointing:
             recompute_blocks(model)
         if config.cuda_graphs:
-            check_recording(config, world.device, self.precision, sharded=world.mesh is not None)
+            adapted = not all(parameter.requires_grad for parameter in model.parameters())
+            check_recording(config, world.device, self.precision, sharded=world.mesh is not None, adapted=adapted)
             record_passes(model)
         world.shard(model, dtype=torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
         self.optimizer = AdamW(
