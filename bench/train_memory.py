@@ -24,6 +24,7 @@ import tyro
 from gemwright.config import ModelConfig
 from gemwright.model import Gemma2
 from gemwright.ops.attention import Attention
+from gemwright.ops.cpu import keep_memory
 from gemwright.ops.loss import cross_entropy
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -56,6 +57,7 @@ def step(runner: str, length: int) -> dict[str, float]:
     read_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     model: Any
     if runner == "gemwright":
+        keep_memory()  # as the trainer does
         model = Gemma2(config(), Attention("blocked", "blocked", "blocked")).bfloat16()
         pos_BT = torch.arange(length)[None]
 

@@ -3,7 +3,7 @@
 A chunk's products stay as the matmul left them, bf16 or fp32; each pass makes the logits of them again, which costs
 less than to write and read them in fp32. The passes sum in fp32 and round a gradient once.
 
-Inference only, as `native.py` says. Legend: X tokens (x in a chunk), V vocabulary, K ids of a token.
+For autograd functions, which differentiate by hand. Legend: X tokens (x in a chunk), V vocabulary, K ids of a token.
 """
 
 from __future__ import annotations
