@@ -18,7 +18,7 @@ from torch import Tensor
 from gemwright.ops.attention import EMPTY, PADDING, Attend, Visibility
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SLACK = {FP32: 2e-6, BF16: 2**-7}
+SLACK = {FP32: 2e-6, BF16: 2**-7, FP16: 2**-10}
 """Above the plain computation's own error: in bf16 two roundings of 2^-8, of the weights and of the output."""
 
 

@@ -121,6 +121,8 @@ def test_auto_table() -> None:
     for (device, phase), name in AUTO.items():
         assert resolve("auto", phase, device=device, dtype=BF16, cap=50.0, window=4096) == name
     assert {device for device, _ in AUTO} == {"cpu", "cuda", "mps"}
+    got = Attention.resolve(device="cuda", dtype=FP32, cap=50.0, window=4096)
+    assert got == Attention("flex", "flex", "blocked")
     got = Attention.resolve(device="cpu", dtype=FP32, cap=50.0, window=8)
     assert got == Attention("blocked", "blocked", "blocked")
 

@@ -144,14 +144,15 @@ BACKENDS: Final[dict[str, Backend]] = {
 }
 PHASES: Final = ("train", "prefill", "decode")
 
-# What `auto` takes, per device and phase. FlexAttention has no backward on CPU (torch 2.13), and a decode step is one
-# plain block of the blocked backend, with nothing to compile. MPS runs the definition.
+# What `auto` takes, per device and phase. FlexAttention has no backward on CPU (torch 2.13), and on CUDA takes two to
+# three times as long as kernels of our own; a decode step is one plain block of the blocked backend, with nothing to
+# compile. MPS runs the definition.
 AUTO: Final[dict[tuple[str, str], str]] = {
     ("cpu", "train"): "blocked",
     ("cpu", "prefill"): "blocked",
     ("cpu", "decode"): "blocked",
-    ("cuda", "train"): "flex",
-    ("cuda", "prefill"): "flex",
+    ("cuda", "train"): "triton",
+    ("cuda", "prefill"): "triton",
     ("cuda", "decode"): "blocked",
     ("mps", "train"): "reference",
     ("mps", "prefill"): "reference",
@@ -159,10 +160,17 @@ AUTO: Final[dict[tuple[str, str], str]] = {
 }
 
 
+OTHERS: Final[dict[tuple[str, str], str]] = {("cuda", "train"): "flex", ("cuda", "prefill"): "flex"}
+"""The same for all but bf16: the triton backend is fast and was tried on GPUs in bf16."""
+
+
 def resolve(name: str, phase: str, *, device: str, dtype: torch.dtype, cap: float | None, window: int | None) -> str:
     """Name of the backend for one phase; `auto` chooses, an explicit name that cannot run raises ValueError."""
     assert phase in PHASES, phase
-    chosen = AUTO.get((device, phase), "reference") if name == "auto" else name
+    chosen = name
+    if name == "auto":
+        chosen = AUTO.get((device, phase), "reference")
+        chosen = chosen if dtype == torch.bfloat16 else OTHERS.get((device, phase), chosen)
     if chosen not in BACKENDS:
         raise ValueError(f"attention: got {name!r}, allowed are auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[chosen]

@@ -23,8 +23,6 @@ from gemwright.ops.attention import EMPTY, Visibility
 
 SAFE_CAP: Final = 60.0
 """exp(60) summed over 2^20 keys is far below the maximum of fp32 and bf16: weights need no shift."""
-WIDEST: Final = 256
-"""Head sizes above have no tiles that fit a chip's shared memory."""
 LOG2_E: Final = 1.4426950408889634
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -82,19 +80,19 @@ KERNELS: Final[dict[int, Tiles]] = {
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(
         Tile(128, 64, 8, 2),
-        Tile(128, 32, 8, 2),
-        Tile(32, 128, 8, 2),
+        Tile(128, 32, 8, 3),
+        Tile(64, 128, 8, 1),
         Tile(64, 128, 8, 2),
-        Stored(128, 128, Piece(64, 8, 3), Piece(64, 8, 3), Piece(64, 8, 3)),
+        Stored(128, 128, Piece(32, 8, 4), Piece(64, 8, 4), Piece(64, 8, 3)),
     ),
 }
-"""By head size, for bf16 and fp16."""
+"""By head size, for bf16 and fp16; that of 256 is the best of some fifty (bench/attention_gpu.py, an H100), the others
+are those that fit the registers."""
 PLAIN: Final[dict[int, Tiles]] = {
     64: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    256: Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
 }
-"""By head size, for fp32, whose products run on the plain units."""
+"""By head size, for fp32, whose products run on the plain units; wider heads would leave the registers."""
 
 
 class Places(NamedTuple):
@@ -124,10 +122,12 @@ def attend(
         tiles: others than those of the head size.
 
     Raises:
-        ValueError: the head size is above `WIDEST`.
+        ValueError: no tiles serve the head size in this dtype.
     """
-    if q_BTNH.shape[3] > WIDEST:
-        raise ValueError(f"attention: got head_dim {q_BTNH.shape[3]}, the triton backend allows up to {WIDEST}")
+    most = max(PLAIN if q_BTNH.dtype == torch.float32 else KERNELS)
+    if q_BTNH.shape[3] > most:
+        got = f"head_dim {q_BTNH.shape[3]} in {q_BTNH.dtype}"
+        raise ValueError(f"attention: got {got}, the triton backend allows up to {most}; flex takes others")
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
         out_BTNH: Tensor = _Attention.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap, tiles)  # type: ignore[no-untyped-call]
         return out_BTNH
@@ -294,8 +294,7 @@ class Call:
         """What raw scores are multiplied by, as the kernels' `_scores` has it, and the cap."""
         if self.cap is None:
             return self.scale, 1.0
-        exact = self.q_BTNH.dtype == torch.float32
-        return self.scale / self.cap * (1.0 if exact else 2 * LOG2_E), self.cap
+        return self.scale / self.cap * (1.0 if self._exact() else 2 * LOG2_E), self.cap
 
     def _steps(self) -> tuple[int, ...]:
         """Strides of q, k and v."""
@@ -315,8 +314,11 @@ class Call:
 
     def _kind(self) -> dict[str, bool]:
         """What a kernel that makes scores is compiled for besides."""
-        exact = self.q_BTNH.dtype == torch.float32
-        return dict(DOCS=_places(self.see).docs, CAPPED=self.cap is not None, EXACT=exact)
+        return dict(DOCS=_places(self.see).docs, CAPPED=self.cap is not None, EXACT=self._exact())
+
+    def _exact(self) -> bool:
+        """Whether tanh is that of the definition, to a few ulp of fp32, which bf16 cannot tell."""
+        return self.q_BTNH.dtype != torch.bfloat16
 
 
 def _wide(size: int) -> int:
@@ -369,10 +371,11 @@ def _written(see: Visibility, queries: int, keys: int) -> Tensor:
     visits_Bk4 = _spans(see, "keys", queries, keys)
     t = torch.arange(spans_Bt4.shape[1], device=spans_Bt4.device)[:, None]
     k = torch.arange(visits_Bk4.shape[1], device=spans_Bt4.device, dtype=torch.int32)
-    visited_Btk = (visits_Bk4[:, None, :, 0] <= t) & (t < visits_Bk4[:, None, :, 1])
-    first_Bt, last_Bt = torch.where(visited_Btk, k, EMPTY).amin(-1), torch.where(visited_Btk, k + 1, 0).amax(-1)
+    skipped_Btk = (visits_Bk4[:, None, :, 0] > t) | (t >= visits_Bk4[:, None, :, 1])
+    k_Btk = k.expand(skipped_Btk.shape)  # filled, not chosen by `where`, which uploads its numbers: no graph holds that
+    first_Bt, last_Bt = k_Btk.masked_fill(skipped_Btk, EMPTY).amin(-1), (k_Btk + 1).masked_fill(skipped_Btk, 0).amax(-1)
     empty_Bt = spans_Bt4[..., 0] == spans_Bt4[..., 1]
-    first_Bt = torch.minimum(first_Bt, torch.where(empty_Bt, EMPTY, spans_Bt4[..., 0]))
+    first_Bt = torch.minimum(first_Bt, spans_Bt4[..., 0].masked_fill(empty_Bt, EMPTY))
     last_Bt = torch.maximum(last_Bt, spans_Bt4[..., 1])
     spans_Bt4[..., 0], spans_Bt4[..., 1] = torch.minimum(first_Bt, last_Bt), last_Bt
     return spans_Bt4

@@ -1,7 +1,7 @@
 """What makes a step fast or small, put on a model from outside; and what its speed is measured by.
 
 Blocks are compiled one by one. Left out of the graph are attention, whose backends plan in Python (blocked) or are
-compiled already (flex), and quantized linears: the compiler would keep for backward the weight that they make anew.
+compiled already, and quantized linears: the compiler would keep for backward the weight that they make anew.
 All blocks share one code object, and their weights are inputs of it, so it is compiled once. Recomputation (arXiv
 1604.06174) keeps a block's input alone and runs the block again in backward; it is put around the compiled block, so
 that random states and saved tensors are its own.
