@@ -207,7 +207,8 @@ class View:
         cache = self._cache
         if cache.in_place:
             self._pos_BT = pos_BT.int()
-            self.attend = partial(self._attend_in_place, self._pos_BT)
+            # not a method of this view: the cycle would keep the cache's memory until the next collection
+            self.attend = partial(_attend_in_place, self._places, self._pos_BT)
         if not (cache.in_place and pos_BT.is_cuda):  # where that kernel works out the slots itself
             for places in self._places.values():
                 places.advance(pos_BT)
@@ -244,26 +245,27 @@ class View:
 
         return gathered(k_PKsH), gathered(v_PKsH)
 
-    def _attend_in_place(
-        self,
-        pos_BT: Tensor,
-        q_BTNH: Tensor,
-        k_PKsH: Tensor,
-        v_PKsH: Tensor,
-        see: Visibility,
-        *,
-        scale: float,
-        cap: float | None,
-    ) -> Tensor:
-        places = self._places[GLOBAL if see.window is None else LOCAL]
-        return paged_attention(q_BTNH.is_cuda)(
-            q_BTNH,
-            k_PKsH,
-            v_PKsH,
-            places.table_Bn,
-            places.first_B,
-            pos_BT,
-            window=see.window,
-            scale=scale,
-            cap=cap,
-        )
+
+def _attend_in_place(
+    places: Mapping[Kind, Places],
+    pos_BT: Tensor,
+    q_BTNH: Tensor,
+    k_PKsH: Tensor,
+    v_PKsH: Tensor,
+    see: Visibility,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    own = places[GLOBAL if see.window is None else LOCAL]
+    return paged_attention(q_BTNH.is_cuda)(
+        q_BTNH,
+        k_PKsH,
+        v_PKsH,
+        own.table_Bn,
+        own.first_B,
+        pos_BT,
+        window=see.window,
+        scale=scale,
+        cap=cap,
+    )

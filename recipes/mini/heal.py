@@ -12,7 +12,6 @@ student answers prompts itself at temperature 1, and these documents take part f
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
 Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds.
-On CUDA the passes of both models are graphs: launching them would take longer than computing them.
 
 The rate follows the wall clock (warm-up, then a linear decay to 0), so that a run fits its time; compilation comes
 before. `state.safetensors` is written now and then, and a run that finds one goes on from there.
@@ -32,7 +31,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,6 @@ class Pair:
     llama: Llama
     turns: Turns
     device: torch.device
-    teach: Callable[..., Tensor]
-    """The teacher's hidden states."""
 
     @property
     def model(self) -> Gemma2:
@@ -96,7 +93,7 @@ class Pair:
     def hidden(self, row: Row) -> tuple[Tensor, Tensor]:
         """Hidden states of both, [T, D], the teacher's at each student token's partner."""
         with torch.no_grad():
-            theirs_TD = self.teach(*row.teacher)[0][row.partner_T]
+            theirs_TD = self.llama(*row.teacher)[0][row.partner_T]
         return self.model(*row.student)[0], theirs_TD
 
     def kl(self, row: Row) -> Tensor:
@@ -104,24 +101,6 @@ class Pair:
         ours_TD, theirs_TD = self.hidden(row)
         sides = ours_TD[row.taken_X], self.head, theirs_TD[row.taken_X], Head(self.llama.head, None)
         return divergence("forward_kl", *sides)[0] / len(row.taken_X)
-
-    def record(self, row: Row) -> None:
-        """From here on the passes over rows of this length are CUDA graphs, which read the weights where they lie."""
-        torch.cuda.make_graphed_callables(self.model, tuple(x.clone() for x in row.student))
-        tokens_BT, pos_BT, doc_BT = inputs = tuple(x.clone() for x in row.teacher)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad():
-            self.llama(tokens_BT, pos_BT, doc_BT)
-            with torch.cuda.graph(graph):
-                theirs_BTD = self.llama(tokens_BT, pos_BT, doc_BT)
-
-        def teach(*given: Tensor) -> Tensor:
-            for kept, new in zip(inputs, given, strict=True):
-                kept.copy_(new)
-            graph.replay()
-            return theirs_BTD
-
-        self.teach = teach
 
 
 def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
@@ -255,6 +234,7 @@ class Run:
             if pair.student.rank is None and self.progress >= args.factored:
                 pair.student.factor(args.rank)
                 self.begin()
+                self.log({"factored": args.rank})
                 self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
             marks = [mark for mark in ROLLOUTS if args.rollouts and mark <= self.progress]
             if len(marks) > self.rounds:
@@ -286,21 +266,14 @@ class Run:
             mixture.set("chats", found, SHARES["chats"])
 
     def warm_up(self, row: Row) -> None:
-        """Compile and record everything, with steps whose gradients are thrown away."""
-        start, found = time.monotonic(), []
-        for recorded in (False, True) if self.args.record else (False,):
-            if recorded:
-                self.pair.record(row)
-            self.pair.student.write()
-            kl = self.pair.kl(row)
-            kl.backward()  # type: ignore[no-untyped-call]
-            self.pair.student.collect()
-            norm = torch.nn.utils.get_total_norm(
-                p.grad for p in self.pair.student.trained.values() if p.grad is not None
-            )
-            self.optimizer.zero_grad(set_to_none=True)
-            found.append(f"KL {float(kl.detach()):.4f}, gradient {float(norm):.4f}")
-        print(f"compiled in {time.monotonic() - start:.1f} s; {'; recorded: '.join(found)}", flush=True)
+        """Compile everything: one step whose gradients are thrown away."""
+        start = time.monotonic()
+        self.pair.student.write()
+        kl = self.pair.kl(row)
+        kl.backward()  # type: ignore[no-untyped-call]
+        self.pair.student.collect()
+        self.optimizer.zero_grad(set_to_none=True)
+        print(f"compiled and ran one step in {time.monotonic() - start:.1f} s, KL {float(kl.detach()):.3f}", flush=True)
 
     def measure(self, heldout: dict[str, list[Tokens]], limit: int) -> None:
         """Held-out numbers of the weights as they are, to the log."""
@@ -364,7 +337,7 @@ def build(args: argparse.Namespace) -> Pair:
     if args.compile:
         llama.compile()
         compile_blocks(model)
-    return Pair(student, llama, turns, device, llama)
+    return Pair(student, llama, turns, device)
 
 
 def arguments() -> argparse.Namespace:
@@ -390,7 +363,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--attention", default="flex" if torch.cuda.is_available() else "blocked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from gemwright.cache import KVCache
 from gemwright.config import ModelConfig
 from gemwright.engine.paged import paged_attention, reads_in_place
 from gemwright.generate import pad
-from gemwright.ops.attention import PADDING, Visibility
+from gemwright.ops.attention import PADDING, Attend, Visibility
 
 Read = Callable[..., Tensor]
 """hidden states of (tokens, positions, cache=...)"""
@@ -42,12 +43,12 @@ class Rows:
         self.row_B = torch.arange(rows, device=device)
         self.table_B1, self.first_B = self.row_B.int()[:, None], torch.zeros_like(self.row_B, dtype=torch.int32)
         self.pos_BT = self.row_B[:, None]
-        self.paged = paged_attention(device.type == "cuda")
-        self.attend = self._attend
+        self.attend: Attend | None = None
 
     def advance(self, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of a pass; whoever sees whom follows from them alone."""
         self.pos_BT = pos_BT
+        self.attend = partial(_attend, self.table_B1, self.first_B, pos_BT.int())
         return pos_BT, pos_BT
 
     def write(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,11 +58,21 @@ class Rows:
             store_BKSH[self.row_B[:, None], :, self.pos_BT] = new_BTKH.to(store_BKSH.dtype)
         return keys, values
 
-    def _attend(
-        self, q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, see: Visibility, *, scale: float, cap: float | None
-    ) -> Tensor:
-        pages = self.table_B1, self.first_B, self.pos_BT.int()
-        return self.paged(q_BTNH, k_BKSH, v_BKSH, *pages, window=see.window, scale=scale, cap=cap)
+
+def _attend(
+    table_B1: Tensor,
+    first_B: Tensor,
+    pos_BT: Tensor,
+    q_BTNH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    see: Visibility,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    attend = paged_attention(q_BTNH.is_cuda)
+    return attend(q_BTNH, k_BKSH, v_BKSH, table_B1, first_B, pos_BT, window=see.window, scale=scale, cap=cap)
 
 
 @torch.no_grad()
