@@ -7,7 +7,8 @@ and says why in the log; the callers have plain torch paths.
 The library lies in the user's cache folder under a key of its sources, flags, compiler and processor. It is linked
 against the OpenMP runtime that torch has mapped already: a second one would start threads of its own beside it.
 
-Nothing here is differentiated. Tensors are contiguous, on CPU, and all bf16 or all fp32 in one call; sums are fp32, rounded once.
+Nothing here is differentiated. Tensors are contiguous, on CPU, and all bf16 or all fp32 in one call; sums are fp32,
+rounded once.
 Legend: X rows (any leading dimensions), D in, F out; B rows, T queries, N query heads, K key/value heads, H head dim,
 P pages in the store, s positions in a page, n pages in a row's table.
 """
