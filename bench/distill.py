@@ -37,6 +37,8 @@ from gemwright.data.loader import Batching, Loader
 from gemwright.data.rows import Document
 from gemwright.data.store import in_memory
 from gemwright.model import Gemma2
+from gemwright.ops.attention import Attention
+from gemwright.ops.cpu import keep_memory
 from gemwright.ops.divergence import divergence
 from gemwright.ops.head import Head
 from gemwright.train.distill import Distillation, Teaching
@@ -145,7 +147,11 @@ def weights(seed: int) -> dict[str, Tensor]:
 
 def small(seed: int) -> Gemma2:
     """Ours on these weights."""
-    model, state = Gemma2(shape()).bfloat16(), weights(seed)
+    config, state = shape(), weights(seed)
+    chosen = Attention.resolve(
+        device="cpu", dtype=torch.bfloat16, cap=config.attn_logit_softcapping, window=config.sliding_window
+    )
+    model = Gemma2(config, chosen).bfloat16()
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     return model
 
@@ -195,6 +201,7 @@ def cache(options: Options, kind: str) -> dict[str, float]:
 
 def ours(options: Options) -> dict[str, float]:
     """Updates by the parts of `gemwright distill`."""
+    keep_memory()  # as the trainer does
     student, world = small(0).requires_grad_(True), World(0, 1, CPU)
     teacher = teacher_of(small(1))
     config = DistillConfig(
