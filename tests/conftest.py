@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from gemwright.ops import cpu
+
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
     from page_fixtures import Desk
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 if not torch.cuda.is_available():  # Triton asks when a kernel is defined; its interpreter runs them on numpy
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure() -> None:
+    """A trainer keeps its process's memory, which here is that of all tests: 8 GB for nothing."""
+    pytest.MonkeyPatch().setattr(cpu, "keep_memory", lambda: False)
 
 
 @pytest.fixture(autouse=True)

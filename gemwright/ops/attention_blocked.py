@@ -39,7 +39,8 @@ def blocked(
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
         out_BTNH: Tensor = _Blocked.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-untyped-call]
         return out_BTNH
-    return _forward(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)[0]
+    with torch.no_grad():  # the same passes as within the function above
+        return _forward(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)[0]
 
 
 @dataclass(frozen=True)
