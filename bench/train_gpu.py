@@ -359,6 +359,22 @@ def report(name: str, lines: list[dict[str, Any]], sizes: Sizes, peak_rate: floa
     sys.stdout.flush()
 
 
+def draw(numbers: Path, picture: Path) -> None:
+    """The courses of the loss, ours over theirs, from train_gpu.json."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for part, lines in json.loads(numbers.read_text()).items():
+        losses = [line["loss"] for line in lines if "seconds" in line] if part in LIMITS else []
+        if losses:
+            style = "--" if part.startswith(("eager", "flex")) else "-"
+            axes.plot(range(1, len(losses) + 1), losses, style, marker="o", markersize=3, label=part)
+    axes.set(xlabel="step of one row of 8192 tokens (eager: transformers)", ylabel="loss, nats")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
 def main() -> None:
     """Run the parts, each in its own process, while the budget lasts."""
     parser = argparse.ArgumentParser(description="Training the 2B shape on one GPU")
@@ -370,7 +386,11 @@ def main() -> None:
     for name, default in {"layers": 26, "length": 8192, "shrink": 1, "steps": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"), help="the losses of a run, and no run")
     options = parser.parse_args()
+    if options.draw:
+        draw(*options.draw)
+        return
     sizes = Sizes(*(getattr(options, field.name) for field in dataclasses.fields(Sizes)))
     if options.part:
         PARTS[options.part](sizes)
