@@ -13,33 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from attention_fixtures import BF16, CASES, FP16, FP32, IDS, Case, check_gradients, check_output, rule
 from torch import Tensor
+from triton_fixtures import DEVICE, GPU, MARKS
 
-from gemwright.ops import gpu
 from gemwright.ops.attention import PADDING, Attend, Visibility
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-
-
-def interprets() -> bool:
-    """Whether the interpreter runs here: Triton 3.6 needs a numpy that makes integers of one-element arrays."""
-    try:
-        return gpu.available() and int(np.zeros(1)) == 0
-    except TypeError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.skipif(
-        not GPU and not interprets(), reason="needs a CUDA device, or triton and a numpy that its interpreter knows"
-    ),
-    *([pytest.mark.gpu] if GPU else []),
-]
+pytestmark = MARKS
 
 
 def ours() -> Any:

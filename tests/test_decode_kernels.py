@@ -11,12 +11,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from paged_fixtures import Rows, last_positions
 from torch import Tensor
 from torch.nn import functional as F
+from triton_fixtures import DEVICE, GPU, MARKS
 
 from gemwright.ops import gpu, rope
 from gemwright.ops.attention import softcap
@@ -24,26 +24,11 @@ from gemwright.ops.gelu import gated_gelu
 from gemwright.ops.norm import RMSNorm
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [FP32, BF16] if GPU else [FP32]
 """The interpreter multiplies the bits of bf16 numbers as integers (Triton 3.6)."""
 
 
-def interprets() -> bool:
-    """Whether the interpreter runs here: Triton 3.6 needs a numpy that makes integers of one-element arrays."""
-    try:
-        return gpu.available() and int(np.zeros(1)) == 0
-    except TypeError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.skipif(
-        not GPU and not interprets(), reason="needs a CUDA device, or triton and a numpy that its interpreter knows"
-    ),
-    *([pytest.mark.gpu] if GPU else []),
-]
+pytestmark = MARKS
 
 
 def kernels() -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode_kernels import interprets
 from test_engine import CONTROLS, STOP, drain, make, plain, prompts, tokens
+from triton_fixtures import interprets
 
 from gemwright.engine import captured
 from gemwright.engine.captured import Steps
