@@ -24,15 +24,20 @@ from torch import Tensor
 PARTS: Final = ("lora_A", "lora_B", "scale")
 
 
+def leading(update_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular vectors and values: [..., O, r], [..., r], [..., I, r] of updates [..., O, I]."""
+    u_Or, s_r, v_Ir = torch.svd_lowrank(update_OI, q=min(rank + 8, *update_OI.shape[-2:]), niter=4)
+    return u_Or[..., :rank], s_r[..., :rank], v_Ir[..., :rank]
+
+
 def compress(update_OI: Tensor, rank: int) -> dict[str, Tensor]:
     """The best int8 outer products for an update, by PARTS."""
-    u_Or, s_r, v_Ir = torch.svd_lowrank(update_OI.float(), q=min(rank + 8, *update_OI.shape), niter=4)
-    u_Or, v_Ir = u_Or[:, :rank], v_Ir[:, :rank]
+    u_Or, s_r, v_Ir = leading(update_OI.float(), rank)
     top_u, top_v = (x.abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny) for x in (u_Or, v_Ir))
     return {
         "lora_A": (v_Ir / top_v * 127).round().to(torch.int8).T.contiguous(),
         "lora_B": (u_Or / top_u * 127).round().to(torch.int8).contiguous(),
-        "scale": (s_r[:rank] * top_u * top_v / 127**2).contiguous(),
+        "scale": (s_r * top_u * top_v / 127**2).contiguous(),
     }
 
 

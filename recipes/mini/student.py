@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gemwright.adopt import Llama, adopted_tensors, calibrate
 from gemwright.bundled import delta_metadata
-from gemwright.delta import PARTS, compress, healed
+from gemwright.delta import PARTS, compress, healed, leading
 from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
 
@@ -119,11 +119,11 @@ class Student:
                 continue
             stem, update = kind.removesuffix(".weight"), self._update(kind)
             del self.trained[f"{stem}.update"], self.sizes[f"{stem}.update"]
-            u_LOr, s_Lr, v_LIr = torch.svd_lowrank(update, q=min(rank + 8, *update.shape[1:]), niter=4)
-            root_L1r = s_Lr[:, None, :rank].sqrt()
+            u_LOr, s_Lr, v_LIr = leading(update, rank)
+            root_L1r = s_Lr[:, None].sqrt()
             for name, factor in (
-                ("lora_A", (v_LIr[..., :rank] * root_L1r).mT),
-                ("lora_B", u_LOr[..., :rank] * root_L1r),
+                ("lora_A", (v_LIr * root_L1r).mT),
+                ("lora_B", u_LOr * root_L1r),
             ):
                 size_L11 = factor.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
                 self._train(f"{stem}.{name}", factor / size_L11, size_L11)
