@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from gemwright.swap import Make, maker, put
 
 log = logging.getLogger(__name__)
 
+SMALL: Final = 2**30
+"""Bytes of a model up to which linears that are packed keep their weights as they lie, too: a larger model waits for
+its memory in a decoding step, not for the calls that `engine.native_steps` spares."""
 FP16_HIDDEN_LIMIT = 4608
 """From this hidden size on (27B) the residual stream passes 65504, fp16's largest number."""
 
@@ -104,6 +108,7 @@ def load_model(
     with torch.device("meta"):
         model = Gemma2(config if parallel is None else shard_config(config, parallel.world), chosen)
     model.config = config
+    small = config.num_parameters() * dtype.itemsize <= SMALL
     used = set()
     for name in config.parameter_shapes():
         if name == EMBEDDING:
@@ -116,7 +121,7 @@ def load_model(
             put(model, linear, swaps[pattern](linear, _linear(model, linear)))
             used.add(pattern)
         elif pack and device.type == "cpu" and linear.endswith("_proj"):
-            _pack(model, linear)
+            _pack(model, linear, keep=small)
     if unused := set(swaps or ()) - used:
         raise ValueError(f"swaps: no projection matches {sorted(unused)}")
     model.tie()
@@ -133,8 +138,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _pack(model: nn.Module, name: str) -> None:
-    put(model, name, cpu_linear(_linear(model, name)))
+def _pack(model: nn.Module, name: str, *, keep: bool = False) -> None:
+    put(model, name, cpu_linear(_linear(model, name), keep=keep))
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -125,9 +125,7 @@ class Gemma2(nn.Module):
         """
         assert doc_BT is None or cache is None, "packed documents are for training and are not cached"
         config = self.config
-        # the embedding is scaled in its own dtype: sqrt(2304) is 48.0, sqrt(3584) rounds to 59.75 in bf16
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        x_BTD = x_BTD * x_BTD.new_full((), math.sqrt(config.hidden_size))
+        x_BTD = self.embed(tokens_BT)
         local_BS, global_BS = (pos_BT, pos_BT) if cache is None else cache.advance(pos_BT)
         local = Visibility(pos_BT, local_BS, doc_BT, doc_BT, window=config.sliding_window)
         globe = Visibility(pos_BT, global_BS, doc_BT, doc_BT)
@@ -137,6 +135,12 @@ class Gemma2(nn.Module):
         for i, block in enumerate(self.model.layers):
             x_BTD = block(x_BTD, globe if config.window(i) is None else local, tables, attend, cache)
         return self.model.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def embed(self, tokens_X: Tensor) -> Tensor:
+        """Scaled embeddings [X, D] of token ids."""
+        x_XD: Tensor = self.model.embed_tokens(tokens_X)
+        # scaled in its own dtype: sqrt(2304) is 48.0, sqrt(3584) rounds to 59.75 in bf16
+        return x_XD * x_XD.new_full((), math.sqrt(self.config.hidden_size))
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """Next-token logits [X, V] in fp32, soft-capped: what temperature and log-softmax are applied to."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gemwright.config import ModelConfig
+from gemwright.engine import native_steps
 from gemwright.engine.engine import Engine
 from gemwright.engine.request import Request, TokenEvent
 from gemwright.engine.rollout import rollout, twin
@@ -45,13 +46,14 @@ def model() -> Gemma2:
     return make()
 
 
-@pytest.fixture(params=["in place", "gathered"])
+@pytest.fixture(params=["one call", "in place", "gathered"])
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of reading pages: the native kernel, and one gathered tensor a layer."""
+    """The ways of making a pass: whole in native code; pages read by the native kernel; one gathered tensor a layer."""
     if request.param == "gathered":
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("no C compiler: the native kernels are not there")
+    monkeypatch.setattr(native_steps, "most_rows", lambda _: 1000 if request.param == "one call" else 0)
 
 
 def plain(model: Gemma2, prompt: Sequence[int], params: SamplingParams) -> list[int]:

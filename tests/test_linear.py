@@ -46,7 +46,7 @@ def test_the_native_kernel_serves_up_to_many_rows(monkeypatch: pytest.MonkeyPatc
 class Packed(nn.Module):
     """Stands for PackedLinear, which a processor without its instructions cannot make."""
 
-    def __init__(self, _: nn.Linear) -> None:
+    def __init__(self, _: nn.Linear, *, keep: bool) -> None:
         super().__init__()
 
 

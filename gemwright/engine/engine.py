@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from gemwright.engine.captured import Passed, Steps
+from gemwright.engine.native_steps import NativeSteps
 from gemwright.engine.paged import Chunk, PagedCache, count_pages, read
 from gemwright.engine.pages import PAGE
 from gemwright.engine.request import Pooling, Request, Stats, TokenEvent
@@ -98,6 +99,7 @@ class Engine:
         self.stats = Stats()
         self._cache: PagedCache | None = None
         self._steps: Steps | None = None
+        self._native: NativeSteps | None = None
         least = parallel.least if parallel is not None else int
         self._pages = count_pages(model, rows, budget, cache_tokens, least)
         self.scheduler = Scheduler(
@@ -201,9 +203,11 @@ class Engine:
         return events
 
     def _prepare(self) -> None:
-        """Have the cache, and on CUDA what records passes; collectives are not recorded."""
+        """Have the cache, and what makes whole passes in native code or records them; collectives stay outside."""
         if self._cache is None:
             self._cache = PagedCache(self.model, self._pages)
+        if self._native is None and self.device.type == "cpu" and self.parallel is None:
+            self._native = NativeSteps(self.model, self._cache)
         if self._steps is None and self._cache.in_place and self.device.type == "cuda" and self.parallel is None:
             self._steps = Steps(self.model, self._cache, context=self.config.max_position_embeddings)
 
@@ -302,9 +306,12 @@ class Engine:
         chunks = [Chunk((w.seq.tokens[w.start :] + w.seq.drafts)[: w.count], w.start, w.seq.tables) for w in works]
         adapters = [self._tracks[w.seq.id].request.adapter for w in works]
         counts = [work.count for work in works]
+        short = all(map(self._cache.short, counts))
+        if self._native is not None and short and not any(adapters) and sum(counts) <= self._native.rows:
+            return torch.split(self._native.decode(chunks), counts), None
         if self._steps is not None and not any(adapters):
             self.slots.select(())
-            if all(map(self._cache.short, counts)) and self._steps.decodes(sum(counts)):
+            if short and self._steps.decodes(sum(counts)):
                 passed = self._steps.decode(chunks)
                 return torch.split(passed.hidden_XD, counts), passed
             if self._steps.reads(counts):
@@ -462,6 +469,8 @@ class Engine:
             self.model, self.slots = model, AdapterSlots(model)
         if model is not None or (self._steps is not None and not self._steps.valid()):
             self._steps = None
+        if model is not None or (self._native is not None and not self._native.valid()):
+            self._native = None
         self.version += 1
         self.scheduler.forget()
 
@@ -470,7 +479,7 @@ class Engine:
         if self._tracks:
             raise RuntimeError(f"release: {len(self._tracks)} sequences are in flight")
         self.scheduler.forget()
-        self._cache = self._steps = None
+        self._cache = self._steps = self._native = None
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Load a PEFT folder, for requests that name it. ValueError where it does not fit the model."""

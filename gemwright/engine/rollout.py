@@ -68,5 +68,5 @@ def twin(model: Gemma2) -> Gemma2:
     for module in other.modules():
         module.__dict__.pop("forward", None)  # what training has put around a block: compilation, recomputation
     if model.model.embed_tokens.weight.device.type == "cpu":
-        swap(other, {".*": lambda _, linear: cpu_linear(linear)})
+        swap(other, {".*": lambda _, linear: cpu_linear(linear, keep=True)})
     return other.eval()

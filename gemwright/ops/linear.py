@@ -28,17 +28,19 @@ from gemwright.ops.cpu import has_fast_bf16
 FEW_ROWS: Final = 3
 """Up to this many rows the bf16 kernel, whose time grows with each row, beats converting the weight (measured)."""
 MANY_ROWS: Final = 128
-"""Above this number of rows torch's fp32 matmul makes up for converting the weight (measured)."""
+"""Above this number of rows torch's fp32 matmul makes up for converting the weight, and the packed layout for AMX tiles
+over the weight as it lies (measured)."""
 TILE_BYTES: Final = 4 * 2**20
 """Bytes of fp32 weight converted at a time."""
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T with W in oneDNN's packed layout; no gradient, and not saved."""
+    """y = x W^T with W in oneDNN's packed layout; no gradient, not saved. `keep`: hold the weight as it lies, too."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, keep: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._weight_FD = linear.weight.detach() if keep else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
 
     def forward(self, x_XD: Tensor) -> Tensor:
@@ -75,11 +77,31 @@ class NativeLinear(UpcastLinear):
         return native.linear(x_XD, self.weight)
 
 
-def cpu_linear(linear: nn.Linear) -> nn.Module:
-    """The module that computes this linear fastest on this processor; the linear itself where plain torch is that."""
+def cpu_linear(linear: nn.Linear, *, keep: bool = False) -> nn.Module:
+    """The module that computes this linear fastest on this processor; the linear itself where plain torch is that.
+
+    `keep`: where that is a copy, hold the weight beside it, for `weight_of`.
+    """
     dtype = linear.weight.dtype
     if has_fast_bf16() and dtype in (torch.bfloat16, torch.float32):
-        return PackedLinear(linear)
+        return PackedLinear(linear, keep=keep)
     if dtype != torch.bfloat16:
         return linear
     return UpcastLinear(linear) if native.library() is None else NativeLinear(linear)
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight [F, D], as it lies in memory, of a module that multiplies by it and does nothing else; else None."""
+    if isinstance(module, PackedLinear):
+        return module._weight_FD
+    if type(module) in (UpcastLinear, NativeLinear) or (type(module) is nn.Linear and module.bias is None):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach() if type(weight) in (Tensor, nn.Parameter) else None
+    return None
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the native kernel over weights as they lie is level with `cpu_linear`'s form (measured)."""
+    slow = dtype is not torch.bfloat16 or (has_fast_bf16() and not native.has_tiles())
+    return FEW_ROWS if slow else MANY_ROWS

@@ -10,7 +10,7 @@
 #define AHEAD 16384 /* elements by which the weight is fetched ahead of its use, but four rows at least */
 
 /* y [M, F] = x [M, D] w [F, D]^T. Few rows stream the weight once, many take it in panels that stay in the cache. */
-void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16, int threads)
+static void product(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16, int threads)
 {
     i64 width = padded(D), depth = M <= TILE ? width : DEPTH;
     i64 panel = MIN(PANEL, MAX(4, F / (4 * threads) / 4 * 4)); /* four a thread or more, so that none waits long */
@@ -42,29 +42,55 @@ void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16
     free(packed);
 }
 
-INLINE void norm_row(const int bf16, const void *x, const void *weight, const void *residual, void *y, i64 D, float eps)
+void products(const void *x, const Product *products, int count, i64 M, i64 D, int bf16, int threads)
+{
+    if (bf16 && tile_products(x, products, count, M, D, threads))
+        return;
+    for (int i = 0; i < count; i++)
+        product(x, products[i].w, products[i].y, M, products[i].F, D, bf16, threads);
+}
+
+/* y [M, F] = x [M, D] w [F, D]^T. */
+void linear(const void *x, const void *w, void *y, i64 M, i64 F, i64 D, int bf16, int threads)
+{
+    products(x, &(Product){w, y, F}, 1, M, D, bf16, threads);
+}
+
+INLINE void norm_row(const int bf16, const void *x, const void *weight, void *y, i64 D, float eps)
 {
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (i64 i = 0; i < D; i++) squares += get(x, i, bf16) * get(x, i, bf16);
     float scale = 1 / sqrtf(squares / D + eps);
 #pragma omp simd
-    for (i64 i = 0; i < D; i++) {
-        float normed = get(x, i, bf16) * scale * (1 + get(weight, i, bf16));
-        put(y, i, bf16, residual ? get(residual, i, bf16) + normed : normed);
-    }
+    for (i64 i = 0; i < D; i++) put(y, i, bf16, get(x, i, bf16) * scale * (1 + get(weight, i, bf16)));
 }
-/* y = residual + x / sqrt(mean(x^2) + eps) * (1 + weight) over rows of D; residual may be null. */
-void norm(const void *x, const void *weight, const void *residual, void *y, i64 M, i64 D, float eps, int bf16,
-          int threads)
+static void norm_one(const void *x, const void *weight, void *y, i64 D, float eps, int bf16)
+{
+    if (bf16)
+        norm_row(1, x, weight, y, D, eps);
+    else
+        norm_row(0, x, weight, y, D, eps);
+}
+/* y = x / sqrt(mean(x^2) + eps) * (1 + weight) over rows of D. */
+void norm(const void *x, const void *weight, void *y, i64 M, i64 D, float eps, int bf16, int threads)
+{
+#pragma omp parallel for num_threads(M *D < SMALL ? 1 : threads)
+    for (i64 m = 0; m < M; m++)
+        norm_one(at(x, m * D, bf16), weight, at(y, m * D, bf16), D, eps, bf16);
+}
+
+/* The end of a sub-layer and the beginning of the next: x += norm(made), then y = norm(x); `made` is overwritten. */
+void add_norm(void *made, const void *weight, void *x, const void *next, void *y, i64 M, i64 D, float eps, int bf16,
+              int threads)
 {
 #pragma omp parallel for num_threads(M *D < SMALL ? 1 : threads)
     for (i64 m = 0; m < M; m++) {
-        const void *rest = residual ? at(residual, m * D, bf16) : 0;
-        if (bf16)
-            norm_row(1, at(x, m * D, 1), weight, rest, at(y, m * D, 1), D, eps);
-        else
-            norm_row(0, at(x, m * D, 0), weight, rest, at(y, m * D, 0), D, eps);
+        void *row = at(x, m * D, bf16), *normed = at(made, m * D, bf16);
+        norm_one(normed, weight, normed, D, eps, bf16);
+#pragma omp simd
+        for (i64 i = 0; i < D; i++) put(row, i, bf16, get(row, i, bf16) + get(normed, i, bf16));
+        norm_one(row, next, at(y, m * D, bf16), D, eps, bf16);
     }
 }
 

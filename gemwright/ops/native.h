@@ -103,6 +103,13 @@ INLINE float hyperbolic_tangent(float x) /* (e^2x - 1) / (e^2x + 1), without can
 
 /* ---- products of rows ---- */
 
+typedef struct { const void *w; void *y; i64 F; } Product; /* a weight [F, D] and its result [M, F] */
+
+/* y = x w^T for several weights of one x [M, D]. */
+void products(const void *x, const Product *products, int count, i64 M, i64 D, int bf16, int threads);
+/* The same on the matrix units; 0, and nothing done, where they do not serve. */
+int tile_products(const void *x, const Product *products, int count, i64 M, i64 D, int threads);
+
 /* R rows of a factor as fp32 for `multiply`: step by step, in a step row by row, in split order. */
 INLINE void pack(const void *x, i64 D, int bf16, int R, int r, float *out)
 {
@@ -167,3 +174,25 @@ static void multiply(int bf16, int R, const float *x, const void *w, i64 stride,
     else
         multiply_as(0, R, x, w, stride, F, D, ahead, y, y_stride);
 }
+
+/* ---- whole kernels that the pass calls, too; what each does is said where it stands ---- */
+
+typedef struct {
+    const void *q, *k, *v;   /* q and out [B, T, N, H]; k and v [pages, K, page, H] */
+    void *out;
+    const int32_t *table;    /* [B, width]: ids of the pages of a row, from page number first[b] on */
+    const int32_t *first;    /* [B] */
+    const int32_t *q_pos;    /* [B, T]; -1: padding, whose output is 0 */
+    i64 B, T, N, K, H, pages, page, width;
+    i64 window;              /* 0: none */
+    float scale, cap;        /* cap 0: none */
+    int32_t bf16, threads;
+} PagedAttention;
+
+int paged_attention(const PagedAttention *a);
+void norm(const void *x, const void *weight, void *y, i64 M, i64 D, float eps, int bf16, int threads);
+void add_norm(void *made, const void *weight, void *x, const void *next, void *y, i64 M, i64 D, float eps, int bf16,
+              int threads);
+void rotate(const void *x, const float *cosines, const float *sines, void *y, i64 M, i64 N, i64 H, int bf16,
+            int threads);
+void gated_gelu(const void *gate, const void *up, void *y, i64 count, int bf16, int threads);

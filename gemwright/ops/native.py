@@ -31,7 +31,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-SOURCES: Final = ("native.h", "native.c", "native_attention.c", "native_loss.c", "native_scores.c")
+SOURCES: Final = (
+    "native.h", "native.c", "native_amx.c", "native_attention.c", "native_loss.c", "native_pass.c", "native_scores.c",
+)  # fmt: skip
 FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fPIC", "-fopenmp")
 """`-fno-trapping-math` lets the compiler vectorise loops that choose; it changes no result."""
 COMPILE_SECONDS: Final = 300
@@ -56,7 +58,7 @@ class _PagedAttention(ctypes.Structure):
 
 _ARGUMENTS: Final = {
     "linear": [*[c_void_p] * 3, *[c_int64] * 3, c_int, c_int],
-    "norm": [*[c_void_p] * 4, *[c_int64] * 2, c_float, c_int, c_int],
+    "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float, c_int, c_int],
     "rotate": [*[c_void_p] * 4, *[c_int64] * 3, c_int, c_int],
     "softcap": [*[c_void_p] * 2, c_int64, c_float, c_int],
     "gated_gelu": [*[c_void_p] * 3, c_int64, c_int, c_int],
@@ -70,7 +72,11 @@ _ARGUMENTS: Final = {
     "scores": [c_void_p],
     "nf4": [*[c_void_p] * 4, c_int64, c_int, c_int],
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
+    "model_pass": [c_void_p],
+    "ask_for_tiles": [],
 }
+_ANSWERS: Final = ("paged_attention", "model_pass", "ask_for_tiles")
+"""Functions that return a number; the others return nothing."""
 
 
 @functools.cache
@@ -84,8 +90,8 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, c_int if name == "paged_attention" else None
-    log.info("native kernels: %s", loaded._name)
+        function.argtypes, function.restype = arguments, c_int if name in _ANSWERS else None
+    log.info("native kernels: %s%s", loaded._name, ", with matrix tiles" if loaded.ask_for_tiles() else "")
     return loaded
 
 
@@ -147,6 +153,12 @@ def _openmp() -> str:
     raise NativeUnavailable("the file of torch's OpenMP runtime is not mapped")
 
 
+def has_tiles() -> bool:
+    """Whether products of bf16 rows run on the processor's matrix tiles (AMX)."""
+    loaded = library()
+    return loaded is not None and bool(loaded.ask_for_tiles())
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether a kernel may stand in for plain torch: plain tensors on CPU, one known dtype, no gradient, no tracing."""
     dtype = tensors[0].dtype
@@ -188,18 +200,16 @@ def linear(x_XD: Tensor, weight_FD: Tensor) -> Tensor:
     return y_XF
 
 
-def norm(x_XD: Tensor, weight_D: Tensor, eps: float, residual_XD: Tensor | None = None) -> Tensor:
-    """RMSNorm with gain 1 + weight, added to `residual` where one is given, rounded once after that."""
+def norm(x_XD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm with gain 1 + weight."""
     x_XD = x_XD.contiguous()
     D = x_XD.shape[-1]
-    assert weight_D.shape == (D,) and (residual_XD is None or residual_XD.shape == x_XD.shape), (x_XD.shape, D)
-    bf16 = _check(x_XD, weight_D) if residual_XD is None else _check(x_XD, weight_D, residual_XD)
+    assert weight_D.shape == (D,), (x_XD.shape, weight_D.shape)
+    bf16 = _check(x_XD, weight_D)
     y_XD = torch.empty_like(x_XD)
-    residual = None if residual_XD is None else residual_XD.data_ptr()
     kernels().norm(
-        x_XD.data_ptr(), weight_D.data_ptr(), residual, y_XD.data_ptr(), x_XD.numel() // D, D, eps, bf16,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        x_XD.data_ptr(), weight_D.data_ptr(), y_XD.data_ptr(), x_XD.numel() // D, D, eps, bf16, torch.get_num_threads()
+    )
     return y_XD
 
 

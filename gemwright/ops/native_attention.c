@@ -9,18 +9,6 @@
 
 #include "native.h"
 
-typedef struct {
-    const void *q, *k, *v;   /* q and out [B, T, N, H]; k and v [pages, K, page, H] */
-    void *out;
-    const int32_t *table;    /* [B, width]: ids of the pages of a row, from page number first[b] on */
-    const int32_t *first;    /* [B] */
-    const int32_t *q_pos;    /* [B, T]; -1: padding, whose output is 0 */
-    i64 B, T, N, K, H, pages, page, width;
-    i64 window;              /* 0: none */
-    float scale, cap;        /* cap 0: none */
-    int32_t bf16, threads;
-} PagedAttention;
-
 /* A job is one kv head of `queries` queries of a row over `chunk` pages of its table. It leaves of each query and head
    an output that is not yet divided (in split order), the largest score and the sum of the weights. */
 typedef struct { i64 G, width, queries, blocks, chunk, splits; float *parts; } Jobs;
