@@ -409,9 +409,7 @@ class Engine:
     def generate(self, prompts: Any, **options: Any) -> Any:
         """Answers in text, as `LM.generate` gives them, through this engine. ValueError over a bare model."""
         if self.front is None:
-            raise ValueError(
-                "generate: an engine over a bare model takes tokens (submit, stream); give it an LM for text"
-            )
+            raise ValueError("generate: an engine over a bare model takes tokens (submit, stream); text needs an LM")
         return self.front.generate(prompts, engine=self, **options)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
@@ -467,10 +465,8 @@ class Engine:
             if self._tracks or self.adapters:
                 raise RuntimeError(f"refresh: {len(self._tracks)} sequences and {self.adapters} are of the old model")
             self.model, self.slots = model, AdapterSlots(model)
-        if model is not None or (self._steps is not None and not self._steps.valid()):
-            self._steps = None
-        if model is not None or (self._native is not None and not self._native.valid()):
-            self._native = None
+        if model is not None or not all(steps.valid() for steps in (self._steps, self._native) if steps is not None):
+            self._steps = self._native = None
         self.version += 1
         self.scheduler.forget()
 
