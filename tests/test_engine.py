@@ -126,6 +126,27 @@ def test_a_second_turn_reads_only_what_is_new(model: Gemma2) -> None:
     assert tokens(events) == plain(model, second, CONTROLS[0])
 
 
+def test_a_stream_that_is_dropped_during_a_step_of_another_ends_after_it(model: Gemma2) -> None:
+    """The collector may close it at any line; the step goes on with the sequences it has begun with."""
+    engine = Engine(model, rows=4, budget=64)
+    one, two = prompts(2, 20, 20)
+    dropped = engine.stream([Request(id="dropped", tokens=one, params=CONTROLS[0])])
+    next(dropped)
+    forward = engine._forward
+
+    def interrupted(works: list[Any]) -> Any:
+        dropped.close()
+        return forward(works)
+
+    engine._forward = interrupted  # type: ignore[method-assign]
+    events = list(engine.stream([Request(id="kept", tokens=two, params=CONTROLS[0])]))
+    assert {event.id for event in events} == {"kept"}
+    assert tokens(events) == plain(model, two, CONTROLS[0])[: len(tokens(events))]
+    assert not engine.busy
+    assert engine.stats.cancelled == 1
+    assert engine.stats.errors == 0
+
+
 def test_samples_share_the_prompt_and_differ(model: Gemma2) -> None:
     """n = 3: the prompt's full pages are read once; sample 0 is the plain request."""
     engine = Engine(model, rows=4, budget=200)

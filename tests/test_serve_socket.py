@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import folder_fixtures
 import httpx2
@@ -17,16 +18,20 @@ import pytest
 from fastapi import FastAPI
 from serve_fixtures import application, launch, listening
 
+from gemwright.engine.engine import Engine
 from gemwright.lm import LM
 
-CONTEXT = 1024
-LONG = {"prompt": "The capital", "min_tokens": 900, "max_tokens": 900, "temperature": 0, "stream": True}
+CONTEXT = 8192
+ENDLESS = 4000
+"""Tokens that take seconds longer than a reader is waited for."""
+LONG = {"prompt": "The capital", "min_tokens": ENDLESS, "max_tokens": ENDLESS, "temperature": 0, "stream": True}
 SHORT = {"prompt": "The capital", "max_tokens": 4, "temperature": 0}
 
 
 @pytest.fixture
 def app(lm: LM) -> FastAPI:
-    return application(lm, max_requests=8, body_seconds=0.3, stall_seconds=1.0)
+    limits: dict[str, Any] = {"max_requests": 8, "body_seconds": 0.3, "stall_seconds": 1.0}
+    return application(lm, engine=lambda: Engine(lm, rows=4, budget=64), **limits)
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def test_a_client_that_goes_away_frees_its_place(app: FastAPI, url: str, stream:
         until(lambda: app.state.worker.stats.running == 1)
     until(lambda: idle(app))
     stats = app.state.worker.stats
-    assert stats.cancelled == 1 and stats.generated_tokens < 900
+    assert stats.cancelled == 1 and stats.generated_tokens < ENDLESS
 
 
 def test_a_client_that_goes_away_while_it_waits_frees_its_place(app: FastAPI, url: str) -> None:
@@ -93,7 +98,7 @@ def test_a_reader_that_sleeps_holds_nobody_up(app: FastAPI, url: str) -> None:
         for _ in range(3):
             assert httpx2.post(f"{url}/v1/completions", json=SHORT).status_code == 200
         until(lambda: idle(app))  # given up after stall_seconds
-        assert app.state.worker.stats.generated_tokens < 900
+        assert app.state.worker.stats.generated_tokens < ENDLESS
 
 
 def test_a_body_that_does_not_come_is_given_up(url: str) -> None:
@@ -146,7 +151,7 @@ def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
 
 def test_the_first_sigterm_drains(folder: Path) -> None:
     process, url = start(folder, "--drain-seconds", "60")
-    body = LONG | {"min_tokens": 150, "max_tokens": 150}
+    body = LONG | {"min_tokens": 1500, "max_tokens": 1500}
     with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)

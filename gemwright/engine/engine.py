@@ -37,7 +37,7 @@ from gemwright.engine.request import Pooling, Request, Stats, TokenEvent
 from gemwright.engine.scheduler import GLOBAL, LOCAL, Scheduler, Work
 from gemwright.engine.speculative import Proposer
 from gemwright.engine.structured import Grammars
-from gemwright.engine.track import Drawn, Track
+from gemwright.engine.track import Drawn, Track, allowed
 from gemwright.generate import budget as check_prompt
 from gemwright.generate import top_logprobs
 from gemwright.lora import AdapterSlots
@@ -113,6 +113,8 @@ class Engine:
         self._tracks: dict[str, Track] = {}  # by the sequence's id
         self._outbox: list[TokenEvent] = []
         self._held: dict[str, list[TokenEvent]] = {}
+        self._left: list[str] | None = None
+        """While a step runs: requests whose streams were closed meanwhile."""
         self._numbers = itertools.count()
         self._sampler: tuple[list[Track], Sampler] | None = None
 
@@ -181,10 +183,17 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
         """Compute one step; the events it made."""
-        if self.device.type != "cuda":
-            return self._step()
-        with torch.cuda.device(self.device):  # where kernels are launched
-            return self._step()
+        self._left = []
+        try:
+            if self.device.type != "cuda":
+                events = self._step()
+            else:
+                with torch.cuda.device(self.device):  # where kernels are launched
+                    events = self._step()
+        finally:
+            left, self._left = self._left, None
+            self._leave(left)
+        return [event for event in events if event.id not in left] if left else events
 
     def _step(self) -> list[TokenEvent]:
         events, self._outbox = self._outbox, []
@@ -352,7 +361,7 @@ class Engine:
                 for i, (track, j) in enumerate(rows)
                 if track.generated + j < track.params.min_new_tokens
             },
-            allowed=self._allowed(rows),
+            allowed=allowed(rows, self.config.vocab_size),
             likeliest_X=likeliest_X,
         )
         policy = [None] * len(rows)
@@ -363,21 +372,6 @@ class Engine:
             logprob = top_logprobs(own[i], [token], asked[i])[0] if i in asked else None
             drawn.setdefault(track.seq.id, []).append(Drawn(token, logprob, policy[i]))
         return drawn
-
-    def _allowed(self, rows: list[tuple[Track, int]]) -> tuple[list[int], Tensor] | None:
-        """Rows under a grammar, and the bits of the ids that it allows there, each after the drafts before it."""
-        limited = [i for i, (track, _) in enumerate(rows) if track.matcher is not None]
-        if not limited:
-            return None
-        bits_YW = torch.empty(len(limited), -(-self.config.vocab_size // 32), dtype=torch.int32)
-        for words_W, i in zip(bits_YW, limited, strict=True):
-            track, j = rows[i]
-            taken = track.matcher.accepts(track.seq.drafts[:j])
-            for token in track.seq.drafts[:taken]:
-                track.matcher.accept(token)
-            track.matcher.mask(words_W)
-            track.matcher.rollback(taken)
-        return limited, bits_YW
 
     # --- whole answers -----------------------------------------------------------------------------------------------
 
@@ -401,10 +395,17 @@ class Engine:
                     else:
                         self._outbox.append(event)
         finally:
-            for ident in idents:
-                self.cancel(ident)
-                self._held.pop(ident, None)
-            self._outbox = [event for event in self._outbox if event.id not in idents]
+            if self._left is None:
+                self._leave(idents)
+            else:  # the collector came upon a stream that was dropped, in the middle of another one's step
+                self._left += idents
+
+    def _leave(self, idents: Sequence[str]) -> None:
+        """End requests that nobody listens to any more."""
+        for ident in idents:
+            self.cancel(ident)
+            self._held.pop(ident, None)
+        self._outbox = [event for event in self._outbox if event.id not in idents]
 
     def generate(self, prompts: Any, **options: Any) -> Any:
         """Answers in text, as `LM.generate` gives them, through this engine. ValueError over a bare model."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gemwright.engine.request import Finish, Request, TokenEvent
@@ -201,3 +202,20 @@ class Track:
         return dataclasses.replace(
             event, prompt_logprobs=self.scores, embedding_D=embedding_D, cached_tokens=self.seq.cached
         )
+
+
+def allowed(rows: Sequence[tuple[Track, int]], vocab: int) -> tuple[list[int], Tensor] | None:
+    """Which of these rows, (track, how many of its drafts stand before it), are under a grammar, and the bits of the
+    ids that it allows there; None where none is."""
+    limited = [i for i, (track, _) in enumerate(rows) if track.matcher is not None]
+    if not limited:
+        return None
+    bits_YW = torch.empty(len(limited), -(-vocab // 32), dtype=torch.int32)
+    for words_W, i in zip(bits_YW, limited, strict=True):
+        track, j = rows[i]
+        taken = track.matcher.accepts(track.seq.drafts[:j])
+        for token in track.seq.drafts[:taken]:
+            track.matcher.accept(token)
+        track.matcher.mask(words_W)
+        track.matcher.rollback(taken)
+    return limited, bits_YW

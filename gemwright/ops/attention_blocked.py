@@ -22,20 +22,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gemwright.ops import native, native_scores
+from gemwright.ops import native, native_flash, native_scores
 from gemwright.ops.attention import PADDING, Visibility
 from gemwright.ops.cpu import has_fast_bf16
 
 WORKSPACE: Final = 32 * 2**20
 """Bytes of fp32 scores held at a time."""
-SAFE_CAP: Final = 60.0
-"""exp(60) summed over 2^20 keys is still below fp32's maximum."""
 
 
 def blocked(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float | None
 ) -> Tensor:
     """Attention [B, T, N, H] in the dtype of q; see `ops.attention.reference` for the definition."""
+    if native_flash.serves(q_BTNH, cap):
+        assert cap is not None
+        return native_flash.flash(q_BTNH, k_BSKH, v_BSKH, see, scale=scale, cap=cap)
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
         out_BTNH: Tensor = _Blocked.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-untyped-call]
         return out_BTNH
@@ -143,7 +144,7 @@ def _weights(
         x.mul_(cap)
     if lse_Zg is not None:
         shift = lse_Zg
-    elif cap is not None and cap <= SAFE_CAP:
+    elif cap is not None and cap <= native_flash.SAFE_CAP:
         shift = x.new_zeros(())
     else:
         shift = _hide(x, see, block, -torch.inf).amax(-1).clamp(min=torch.finfo(torch.float32).min)
@@ -181,7 +182,7 @@ def _masks(see: Visibility, block: Block) -> native_scores.Hidden:
 
 def _serves(q_ZgH: Tensor, cap: float | None) -> bool:
     """Whether the native passes do: they need no largest score, so the cap must bound it."""
-    return cap is not None and cap <= SAFE_CAP and native.serves(q_ZgH)
+    return cap is not None and cap <= native_flash.SAFE_CAP and native.serves(q_ZgH)
 
 
 def _hidden(see: Visibility, queries: slice, keys: slice) -> Tensor:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 SOURCES: Final = (
-    "native.h", "native.c", "native_amx.c", "native_attention.c", "native_loss.c", "native_pass.c", "native_scores.c",
+    "native.h", "native_tiles.h", "native.c", "native_amx.c", "native_attention.c", "native_flash.c", "native_loss.c",
+    "native_pass.c", "native_scores.c",
 )  # fmt: skip
 FLAGS: Final = ("-std=gnu11", "-O3", "-march=native", "-fno-trapping-math", "-fPIC", "-fopenmp")
 """`-fno-trapping-math` lets the compiler vectorise loops that choose; it changes no result."""
@@ -74,8 +75,9 @@ _ARGUMENTS: Final = {
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
     "model_pass": [c_void_p],
     "ask_for_tiles": [],
+    "flash_attention": [c_void_p],
 }
-_ANSWERS: Final = ("paged_attention", "model_pass", "ask_for_tiles")
+_ANSWERS: Final = ("paged_attention", "model_pass", "ask_for_tiles", "flash_attention")
 """Functions that return a number; the others return nothing."""
 
 

@@ -3,15 +3,12 @@
    A tile of the weight is 16 of its rows by 32 columns, read in place; what is laid out anew is x, pairs of columns by
    16 of its rows. So nothing is packed, and a weight that is trained can be read at once. */
 
-#include "native.h"
+#include "native_tiles.h"
 
 #ifdef __AMX_BF16__
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SIDE 16           /* rows of a tile, and fp32 numbers in a row of one */
-#define DEEP (2 * SIDE)   /* bf16 numbers in a row of a tile */
 #define WIDE (2 * SIDE)   /* rows of a weight at a time */
 #define FETCHED 4         /* tiles down the weight from the one in use, which is fetched meanwhile */
 #define REQUEST_STATE 0x1023 /* arch_prctl: ARCH_REQ_XCOMP_PERM */
@@ -21,21 +18,7 @@ static int allowed;
 
 /* Ask the kernel for the tiles, once a process; whether they may be used. */
 int ask_for_tiles(void) { return allowed = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0; }
-
-typedef struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } Shapes;
-typedef float Square[SIDE * SIDE] __attribute__((aligned(64)));
-
-/* Rows of x as pairs of columns: of each pair the numbers of 16 rows, zeros for those past `rows`. */
-static void lay_out(const uint16_t *x, i64 D, i64 rows, uint32_t *out)
-{
-    for (i64 pair = 0; pair < D / 2; pair += SIDE)
-        for (int m = 0; m < SIDE; m++) {
-            uint32_t part[SIDE] = {0};
-            if (m < rows)
-                memcpy(part, x + m * D + 2 * pair, sizeof part);
-            UNROLL for (int i = 0; i < SIDE; i++) out[(pair + i) * SIDE + m] = part[i];
-        }
-}
+int tiles_allowed(void) { return allowed; }
 
 /* A square of sums, 16 rows of the weight by 16 of x, to `rows` rows of y. */
 static void round_out(const float *sums, uint16_t *y, i64 F, i64 rows)
@@ -100,11 +83,8 @@ int tile_products(const void *x, const Product *products, int count, i64 M, i64 
     {
 #pragma omp for schedule(static)
         for (i64 b = 0; b < blocks; b++)
-            lay_out((const uint16_t *)x + b * SIDE * D, D, MIN(SIDE, M - b * SIDE), laid + b * SIDE * (D / 2));
-        Shapes shapes = {.palette = 1};
-        for (int i = 0; i < 8; i++)
-            shapes.bytes[i] = 64, shapes.rows[i] = SIDE;
-        _tile_loadconfig(&shapes);
+            lay_out((const uint16_t *)x + b * SIDE * D, D, D, MIN(SIDE, M - b * SIDE), laid + b * SIDE * (D / 2));
+        take_tiles();
 #pragma omp for schedule(dynamic)
         for (i64 s = 0; s < strips; s++) {
             const Product *p = products;

@@ -1,0 +1,116 @@
+"""Attention on AMX tiles, forward and backward: `native_flash.c` through ctypes, where blocked attention is asked for.
+
+Scores stay in fp32 and in the caches; `attention_blocked.py` writes a block's products to memory, rounded to bf16, and
+reads them three times.
+
+Legend: B rows, T queries, S keys, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gemwright.ops import native
+from gemwright.ops.attention import Visibility
+
+FEWEST: Final = 16
+"""Queries of a row from which on tiles are filled well enough."""
+DEEP: Final = 32
+"""The head dim is a multiple of it."""
+SAFE_CAP: Final = 60.0
+"""exp(60) summed over 2^20 keys is still below fp32's maximum, so no largest score is needed."""
+ANY: Final = 2**31 - 1
+"""The window of a global layer."""
+
+
+class _Flash(ctypes.Structure):
+    """The struct of the same name in native_flash.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "made", "attended", "out", "dk", "dv", "lse")),
+        *((name, c_void_p) for name in ("q_pos", "k_pos", "q_doc", "k_doc")),
+        *((name, c_int64) for name in ("B", "T", "S", "N", "K", "H", "window")),
+        *((name, c_float) for name in ("scale", "cap")),
+        ("threads", c_int32),
+    )
+
+
+def serves(q_BTNH: Tensor, cap: float | None) -> bool:
+    """Whether the kernel computes this: bf16 on a CPU with matrix tiles, and a cap that bounds the scores."""
+    _, T, _, H = q_BTNH.shape
+    plain = q_BTNH.dtype is torch.bfloat16 and q_BTNH.device.type == "cpu" and type(q_BTNH) is Tensor
+    fits = plain and T >= FEWEST and H % DEEP == 0 and cap is not None and cap <= SAFE_CAP
+    return fits and not torch.compiler.is_compiling() and native.has_tiles()
+
+
+def flash(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float
+) -> Tensor:  # fmt: skip
+    """Attention [B, T, N, H]; see `ops.attention.reference` for the definition."""
+    if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
+        out_BTNH: Tensor = _Function.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-untyped-call]
+        return out_BTNH
+    q, k, v = (x.contiguous() for x in (q_BTNH, k_BSKH, v_BSKH))
+    return _forward(q, k, v, see, scale, cap)[0]
+
+
+class _Function(torch.autograd.Function):
+    """Keeps q, k, v, the output and the log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Visibility, scale: float, cap: float) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, lse = _forward(q, k, v, see, scale, cap)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.see, ctx.scale, ctx.cap = see, scale, cap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        made = grads[0].contiguous()
+        _call(q, k, v, made, out, dq, dk, dv, lse, see=ctx.see, scale=ctx.scale, cap=ctx.cap)
+        return dq, dk, dv, None, None, None
+
+
+def _forward(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of each query's scores, [B, N, T]; -inf where it sees nothing."""
+    B, T, N, _ = q_BTNH.shape
+    out_BTNH, lse_BNT = torch.empty_like(q_BTNH), q_BTNH.new_empty(B, N, T, dtype=torch.float32)
+    _call(q_BTNH, k_BSKH, v_BSKH, None, None, out_BTNH, None, None, lse_BNT, see=see, scale=scale, cap=cap)
+    return out_BTNH, lse_BNT
+
+
+def _call(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *others: Tensor | None, see: Visibility, scale: float, cap: float
+) -> None:
+    """`others` in the struct's order: d out, the output before it, what is written, and the log-sum-exp."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    assert k_BSKH.shape == v_BSKH.shape == (B, S, K, H) and N % K == 0, (q_BTNH.shape, k_BSKH.shape, v_BSKH.shape)
+    tensors = (q_BTNH, k_BSKH, v_BSKH, *others)
+    for x in tensors[:-1]:
+        assert x is None or (x.dtype is torch.bfloat16 and x.is_contiguous() and x.is_cpu), (x.dtype, x.stride())
+    places = see.memo("int32", lambda: _places(see))
+    for place, length in zip(places, (T, S, T, S), strict=True):
+        assert place is None or place.shape == (B, length), (place.shape, B, length)
+    call = _Flash(
+        *(None if x is None else x.data_ptr() for x in (*tensors, *places)),
+        B, T, S, N, K, H, see.window or ANY, scale, cap, torch.get_num_threads(),
+    )  # fmt: skip
+    assert native.kernels().flash_attention(ctypes.addressof(call)), "there are no matrix tiles here"
+
+
+def _places(see: Visibility) -> tuple[Tensor | None, ...]:
+    """Positions and documents as the kernel reads them; documents on both sides or on none."""
+    docs = (see.q_doc_BT, see.k_doc_BS) if see.q_doc_BT is not None and see.k_doc_BS is not None else (None, None)
+    found = (see.q_pos_BT, see.k_pos_BS, *docs)
+    return tuple(None if x is None else x.to(torch.int32).contiguous() for x in found)

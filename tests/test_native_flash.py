@@ -1,0 +1,86 @@
+"""Attention on matrix tiles against the definition in fp64: all layouts, whole and partial blocks, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from attention_fixtures import BF16, CASES, Case, check_gradients, check_output
+from torch import Tensor
+
+from gemwright.ops import attention_blocked, native, native_flash
+from gemwright.ops.attention import Visibility
+
+pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles (AMX)")
+BOUNDED = [case for case in CASES if case.cap is not None and case.cap <= native_flash.SAFE_CAP]
+LARGE = [
+    Case("several blocks", 200, 200, heads=4, kv_heads=2),
+    Case("several blocks, window", 300, 300, rows=1, heads=3, kv_heads=1, window=70),
+    Case("whole blocks alone", 256, 256, rows=1, window=64),
+    Case("chunk after a cache", 70, 330, window=100),
+    Case("documents in blocks", 333, 333, window=50, layout="documents"),
+    Case("padding in blocks", 200, 200, rows=3, layout="right_padding"),
+    Case("wrapped ring in blocks", 40, 300, rows=3, window=290, layout="ring"),
+]
+
+
+def flash(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float | None
+) -> Tensor:
+    """The kernel as a backend, however few the queries."""
+    assert cap is not None
+    return native_flash.flash(q_BTNH, k_BSKH, v_BSKH, see, scale=scale, cap=cap)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 256])
+@pytest.mark.parametrize("case", BOUNDED + LARGE, ids=lambda case: case.name)
+def test_output_and_gradients(case: Case, head_dim: int) -> None:
+    case = dataclasses.replace(case, head_dim=head_dim, scale=case.scale * (16 / head_dim) ** 0.5)
+    check_output(flash, case, BF16)
+    check_gradients(flash, case, BF16)
+
+
+def test_it_is_nearer_to_the_truth_than_scores_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that reach the weights unrounded: a third of the error at most, in the output and in each gradient."""
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(1, 300, n, 64).bfloat16() for n in (4, 2, 2))
+    pos = torch.arange(300)[None]
+    made = torch.randn(1, 300, 4, 64).bfloat16()
+
+    def errors() -> list[float]:
+        found = []
+        for x in ((q, k, v), (q.double(), k.double(), v.double())):
+            q_, k_, v_ = (y.detach().clone().requires_grad_() for y in x)
+            out = attention_blocked.blocked(q_, k_, v_, Visibility(pos, pos), scale=0.125, cap=50.0)
+            found.append([out.detach(), *torch.autograd.grad(out, (q_, k_, v_), made.to(out.dtype))])
+        return [float((a.double() - b).norm() / b.double().norm()) for a, b in zip(*found, strict=True)]
+
+    ours = errors()
+    monkeypatch.setattr(native_flash, "serves", lambda *_: False)
+    assert all(3 * a < b for a, b in zip(ours, errors(), strict=True)), ours
+
+
+def test_results_do_not_depend_on_threads_or_repetition() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 150, n, 64).bfloat16().requires_grad_() for n in (4, 2, 2))
+    pos = torch.arange(150).repeat(2, 1)
+
+    def once() -> list[Tensor]:
+        out = native_flash.flash(q, k, v, Visibility(pos, pos, window=90), scale=0.125, cap=50.0)
+        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+    runs = []
+    for threads in (1, 3, 3):
+        torch.set_num_threads(threads)
+        runs.append(once())
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+def test_which_calls_are_served() -> None:
+    """What the tiles do not hold, or a cap does not bound, stays with the blocked backend."""
+    q = torch.zeros(1, 40, 4, 64).bfloat16()
+    assert native_flash.serves(q, 50.0)
+    for other, cap in ((q, None), (q, 61.0), (q.float(), 50.0), (q[..., :48], 50.0), (q[:, :15], 50.0)):
+        assert not native_flash.serves(other, cap)
