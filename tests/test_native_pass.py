@@ -94,6 +94,30 @@ def test_a_page_that_is_not_there_is_an_error() -> None:
             steps.decode([Chunk([5], 40, {GLOBAL: table, LOCAL: table})])
 
 
+@pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles (AMX)")
+@torch.inference_mode()
+def test_prompts_attend_to_gathered_keys_where_that_is_faster() -> None:
+    """Chunks of several lengths, the first of their sequence and later ones, on both ways of reading the pages."""
+    with torch.inference_mode(False):
+        model = make(torch.bfloat16, **EVEN)
+    starts, counts = (0, 37, 64), (40, 20, 59)
+    ids, tables = iter(range(40)), []
+    for start, count in zip(starts, counts, strict=True):
+        tables.append(Table(0, [next(ids) for _ in range(-(-(start + count) // 32))], 0))
+    work = [
+        Chunk([*range(5, 5 + count)], start, {GLOBAL: table, LOCAL: table})
+        for start, count, table in zip(starts, counts, tables, strict=True)
+    ]
+    found = []
+    for gathers in (True, False):
+        cache = filled(model)
+        assert cache.gathers
+        cache.gathers = gathers
+        found.append(torch.cat(read(model, cache, work)).float())
+    assert found[0].shape == (sum(counts), model.config.hidden_size)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.03
+
+
 def test_only_plain_models_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are found in every form that holds them as they lie, and only there."""
     model = make(torch.bfloat16)

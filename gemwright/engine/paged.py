@@ -6,7 +6,7 @@ forward pass sees it; the model calls `advance` and `write` as on any cache. A s
 in the table, so what a page held before is never seen: it lies past the row's end, and counts as EMPTY.
 
 Where own kernels are there (native on CPU, Triton on CUDA), the pages are read where they lie; else they are gathered
-into one tensor a layer, and the model's own backend attends to that.
+into one tensor a layer, and the model's own backend attends to that. So are prompts where that has matrix tiles.
 
 Legend: B rows, T new tokens, X = B T, n pages of a row, P pages, s = PAGE slots, S = n s, K key/value heads, H head
 dim, D model.
@@ -29,7 +29,7 @@ from gemwright.config import ModelConfig
 from gemwright.engine.pages import PAGE
 from gemwright.engine.scheduler import GLOBAL, LOCAL, Kind, Table
 from gemwright.model import Gemma2
-from gemwright.ops import gpu, native
+from gemwright.ops import gpu, native, native_flash
 from gemwright.ops.attention import EMPTY, PADDING, Attend, Visibility
 
 CPU_SHARE: Final = 0.25
@@ -56,6 +56,9 @@ class PagedCache:
         self.kinds = kinds(config)
         self.device = table.device
         self.in_place = reads_in_place(self.device, table.dtype)
+        capped = (config.head_dim, config.attn_logit_softcapping)
+        self.gathers = native_flash.fits(self.device, table.dtype, *capped) and model.attention.prefill == "blocked"
+        """Whether chunks that are not short attend to gathered keys, though the pages could be read in place."""
         self.trash = pages
         shape = (kv_heads(model), PAGE, config.head_dim)
         self.k_PKsH, self.v_PKsH = (
@@ -142,7 +145,7 @@ def read(
         pos = [[*range(c.start, c.start + len(c.tokens))] + [PADDING] * (width - len(c.tokens)) for c in chunks]
     if select is not None:
         select(owners)
-    view = View.of(cache, [chunks[i] for i in owners])
+    view = View.of(cache, [chunks[i] for i in owners], in_place=cache.in_place and not (cache.gathers and not flat))
     hidden_BTD = model(gpu.upload(tokens, cache.device), gpu.upload(pos, cache.device), cache=view)
     if flat:
         return list(hidden_BTD[:, 0].split([len(chunk.tokens) for chunk in chunks]))
@@ -188,33 +191,33 @@ class View:
 
     attend: Attend | None = None
 
-    def __init__(self, cache: PagedCache, places: Mapping[Kind, Places], ends: Sequence[int] = ()) -> None:
-        """`ends`: one past the last position of each row; not asked for where the pages are read in place."""
+    def __init__(self, cache: PagedCache, places: Mapping[Kind, Places], ends: Sequence[int] | None = None) -> None:
+        """`ends`: one past the last position of each row, where keys are gathered; else pages are read in place."""
         self._cache, self._places, self._ends = cache, places, ends
         self._pos_BT = torch.empty(0)
 
     @classmethod
-    def of(cls, cache: PagedCache, chunks: Sequence[Chunk]) -> View:
+    def of(cls, cache: PagedCache, chunks: Sequence[Chunk], *, in_place: bool) -> View:
         """The pass that reads a chunk in each row."""
         places = {
             kind: Places.of([chunk.tables[kind] for chunk in chunks], cache.trash[kind], cache.device)
             for kind in set(cache.kinds)
         }
-        return cls(cache, places, [chunk.start + len(chunk.tokens) for chunk in chunks])
+        return cls(cache, places, None if in_place else [chunk.start + len(chunk.tokens) for chunk in chunks])
 
     def advance(self, pos_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the positions of the pass; key positions [B, S] of local and of global layers."""
-        cache = self._cache
-        if cache.in_place:
+        cache, ends = self._cache, self._ends
+        if ends is None:
             self._pos_BT = pos_BT.int()
             # not a method of this view: the cycle would keep the cache's memory until the next collection
             self.attend = partial(_attend_in_place, self._places, self._pos_BT)
-        if not (cache.in_place and pos_BT.is_cuda):  # where that kernel works out the slots itself
+        if ends is not None or not pos_BT.is_cuda:  # where that kernel works out the slots itself
             for places in self._places.values():
                 places.advance(pos_BT)
-        if cache.in_place:
+        if ends is None:
             return pos_BT[:, :0], pos_BT[:, :0]  # the kernel reads positions from the tables
-        end_B1 = gpu.upload(self._ends, cache.device)[:, None]
+        end_B1 = gpu.upload(ends, cache.device)[:, None]
         found: dict[Kind, Tensor] = {}
         for kind, places in self._places.items():
             places.plan_gather(cache.k_PKsH[0].shape[1])

@@ -40,12 +40,16 @@ class _Flash(ctypes.Structure):
     )
 
 
+def fits(device: torch.device, dtype: torch.dtype, head_dim: int, cap: float | None) -> bool:
+    """Whether the kernel is made for such a model: bf16, a CPU with matrix tiles, a cap that bounds the scores."""
+    plain = device.type == "cpu" and dtype is torch.bfloat16 and head_dim % DEEP == 0
+    return plain and cap is not None and cap <= SAFE_CAP and native.has_tiles()
+
+
 def serves(q_BTNH: Tensor, cap: float | None) -> bool:
-    """Whether the kernel computes this: bf16 on a CPU with matrix tiles, and a cap that bounds the scores."""
-    _, T, _, H = q_BTNH.shape
-    plain = q_BTNH.dtype is torch.bfloat16 and q_BTNH.device.type == "cpu" and type(q_BTNH) is Tensor
-    fits = plain and T >= FEWEST and H % DEEP == 0 and cap is not None and cap <= SAFE_CAP
-    return fits and not torch.compiler.is_compiling() and native.has_tiles()
+    """Whether the kernel computes this."""
+    plain = type(q_BTNH) is Tensor and q_BTNH.shape[1] >= FEWEST and not torch.compiler.is_compiling()
+    return plain and fits(q_BTNH.device, q_BTNH.dtype, q_BTNH.shape[-1], cap)
 
 
 def flash(
