@@ -282,20 +282,31 @@ def lookup(folder: Path, new: int) -> dict[str, float]:
 
 
 def constrained(folder: Path, new: int) -> dict[str, float]:
-    """Tokens a second of 8 answers at once, free and under a JSON schema."""
+    """Tokens a second of 8 answers at once, free and under a JSON schema, while none of them has ended."""
     import gemwright
     from gemwright.engine.engine import Engine
+    from gemwright.engine.request import Request
     from gemwright.engine.structured import Constraint
+    from gemwright.sampling import SamplingParams
 
     lm = gemwright.load(folder, device="cpu")
-    engine, prompts = Engine(lm, rows=8), [[{"role": "user", "content": f"Invent person {i}."}] for i in range(8)]
+    engine, prompts = (
+        Engine(lm, rows=8),
+        [lm.encode([{"role": "user", "content": f"Invent person {i}."}]) for i in range(8)],
+    )
     found = {}
     for name, limit in (("free", None), ("constrained", Constraint.of("json_schema", SCHEMA))):
-        options: dict[str, Any] = {"engine": engine, "constraint": limit, "temperature": 1.0, "seed": 1}
-        lm.generate(prompts, max_new_tokens=2, **options)
-        begin = time.perf_counter()
-        answers = lm.generate(prompts, max_new_tokens=new, **options)
-        found[name] = sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - begin)
+        for warm in (True, False):
+            for i, prompt in enumerate(prompts):
+                params = SamplingParams(max_new_tokens=2 if warm else new, temperature=1.0, seed=i)
+                engine.submit(Request(tokens=prompt, params=params, constraint=limit))
+            times = []
+            while engine.busy:
+                begin = time.perf_counter()
+                made = len(engine.step())
+                if made == len(prompts):
+                    times.append(time.perf_counter() - begin)
+        found[name] = len(prompts) / statistics.median(times)
     return found
 
 
