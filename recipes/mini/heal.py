@@ -11,13 +11,11 @@ same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. A
 student answers prompts itself at temperature 1, and these documents take part from then on: on-policy distillation
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
-Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds.
+Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds,
+rounded to its 4 bits in every step.
 
 The rate follows the wall clock (warm-up, then a linear decay to 0), so that a run fits its time; compilation comes
 before. `state.safetensors` is written now and then, and a run that finds one goes on from there.
-
-On a virtual machine page faults can cost more than the arithmetic; keep freed memory in the process:
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 MALLOC_TOP_PAD_=268435456.
 
 Legend: B rows, T tokens, D model.
 """
@@ -52,6 +50,7 @@ from gemwright.bundled import base_path
 from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
+from gemwright.ops.cpu import has_fast_bf16, keep_memory
 from gemwright.ops.divergence import divergence
 from gemwright.ops.head import Head, chunks
 from gemwright.ops.loss import linear_logprob
@@ -318,7 +317,9 @@ class Run:
 def build(args: argparse.Namespace) -> Pair:
     """Teacher, and student as it is adopted."""
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        keep_memory()
+    dtype = torch.bfloat16 if device.type == "cuda" or has_fast_bf16() else torch.float32
     file = Gguf(base_path())
     source, config = Loaded(file, device), adopted_config(file.hf_config())
     backend = args.attention
@@ -353,7 +354,7 @@ def arguments() -> argparse.Namespace:
         default=FACTORED,
         help="progress at which updates become factors; 0: they are from the start",
     )
-    parser.add_argument("--rank", type=int, default=52, help="of the delta's updates")
+    parser.add_argument("--rank", type=int, default=104, help="of the delta's updates")
     parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")

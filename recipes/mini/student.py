@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gemwright.adopt import Llama, adopted_tensors, calibrate
 from gemwright.bundled import delta_metadata
-from gemwright.delta import PARTS, compress, healed, leading
+from gemwright.delta import PARTS, compress, healed, leading, on_grid, packed
 from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
 
@@ -137,7 +137,12 @@ class Student:
         stem = kind.removesuffix(".weight")
         if self.rank is None:
             return self._value(f"{stem}.update")
-        return self._value(f"{stem}.lora_B") @ self._value(f"{stem}.lora_A")
+        a_LrI, b_LrO = self._factors(stem)
+        return on_grid(b_LrO).mT @ on_grid(a_LrI)
+
+    def _factors(self, stem: str) -> tuple[Tensor, Tensor]:
+        """The factors of a kind's updates, by vector."""
+        return self._value(f"{stem}.lora_A"), self._value(f"{stem}.lora_B").mT
 
     def _weight(self, kind: str) -> Tensor:
         return self._value(kind) - 1 if kind in self.trained else self.base[kind] + self._update(kind)
@@ -170,14 +175,17 @@ class Student:
 
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
-        """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in int8."""
+        """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in 4 bits, as trained where factored."""
         state: dict[str, Tensor] = {}
         for kind, names in self.kinds.items():
             if self.base[kind].dim() == 2:
                 state |= dict(zip(names, self._weight(kind), strict=True))
                 continue
-            for name, update in zip(names, self._update(kind), strict=True):
-                found = compress(update, rank)
+            if self.rank is None:
+                updates = [compress(update, rank) for update in self._update(kind)]
+            else:
+                updates = [packed(a, b) for a, b in zip(*self._factors(kind.removesuffix(".weight")), strict=True)]
+            for name, found in zip(names, updates, strict=True):
                 state |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in found.items()}
         return {name: value.cpu().contiguous() for name, value in state.items()}
 
