@@ -78,9 +78,35 @@ def test_results_do_not_depend_on_threads_or_repetition() -> None:
         assert all(map(torch.equal, run, runs[0]))
 
 
+def test_what_is_not_finite_is_not_hidden() -> None:
+    """A NaN in a query, and a NaN or an infinity in a key, reach every row that sees it, forward and backward."""
+    for which, value, reached in ((0, torch.nan, [5]), (1, torch.nan, range(5, 32)), (1, torch.inf, range(5, 32))):
+        torch.manual_seed(0)
+        inputs = [torch.randn(1, 32, 1, 32).bfloat16() for _ in range(3)]
+        inputs[which][0, 5] = value
+        q, k, v = (x.requires_grad_() for x in inputs)
+        pos = torch.arange(32)[None]
+        out = native_flash.flash(q, k, v, Visibility(pos, pos), scale=0.1, cap=50.0)
+        finite = out.isfinite().all(-1)[0, :, 0]
+        if value is torch.nan:
+            assert [t for t in range(32) if not finite[t]] == list(reached)
+        (grad,) = torch.autograd.grad(out, q, torch.ones_like(out))
+        assert not grad[0, list(reached)].isfinite().all()
+
+
+def test_positions_of_one_row_serve_all_and_a_window_of_none_sees_nothing() -> None:
+    q, k, v = (torch.randn(2, 20, 1, 32).bfloat16() for _ in range(3))
+    pos = torch.arange(20)[None]
+    got = native_flash.flash(q, k, v, Visibility(pos, pos), scale=0.1, cap=50.0)
+    both = pos.repeat(2, 1)
+    assert torch.equal(got, native_flash.flash(q, k, v, Visibility(both, both), scale=0.1, cap=50.0))
+    assert not native_flash.flash(q, k, v, Visibility(pos, pos, window=0), scale=0.1, cap=50.0).any()
+
+
 def test_which_calls_are_served() -> None:
     """What the tiles do not hold, or a cap does not bound, stays with the blocked backend."""
     q = torch.zeros(1, 40, 4, 64).bfloat16()
-    assert native_flash.serves(q, 50.0)
+    assert native_flash.serves(q, q, q, 50.0)
     for other, cap in ((q, None), (q, 61.0), (q.float(), 50.0), (q[..., :48], 50.0), (q[:, :15], 50.0)):
-        assert not native_flash.serves(other, cap)
+        assert not native_flash.serves(other, other, other, cap)
+    assert not native_flash.serves(q, q.float(), q.float(), 50.0)

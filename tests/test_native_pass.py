@@ -118,6 +118,20 @@ def test_prompts_attend_to_gathered_keys_where_that_is_faster() -> None:
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.03
 
 
+@pytest.mark.parametrize("gathers", [True, False])
+@torch.inference_mode()
+def test_what_other_rows_left_in_a_page_is_not_read(gathers: bool) -> None:
+    with torch.inference_mode(False):
+        model = make(torch.bfloat16, **EVEN)
+    cache = PagedCache(model, PAGES)
+    cache.gathers = gathers
+    for store in (*cache.k_PKsH, *cache.v_PKsH):
+        store.fill_(torch.nan)
+    table = Table(0, [3, 4], 0)
+    (hidden,) = read(model, cache, [Chunk([*range(5, 45)], 0, {GLOBAL: table, LOCAL: table})])
+    assert hidden.isfinite().all()
+
+
 def test_only_plain_models_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are found in every form that holds them as they lie, and only there."""
     model = make(torch.bfloat16)
@@ -127,6 +141,9 @@ def test_only_plain_models_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     swap(packed, {".*": lambda _, module: cpu_linear(module)})
     kept = not any(isinstance(module, linear.PackedLinear) for module in packed.modules())
     assert (NativeSteps(packed, PagedCache(packed, PAGES)).rows > 0) == kept
+    mixed = copy.deepcopy(model)
+    mixed.model.norm.float()
+    assert NativeSteps(mixed, PagedCache(mixed, PAGES)).rows == 0
     biased = copy.deepcopy(model)
     biased.model.layers[1].mlp.down_proj = nn.Linear(biased.config.intermediate_size, biased.config.hidden_size)  # type: ignore[union-attr]
     assert NativeSteps(biased, PagedCache(biased, PAGES)).rows == 0

@@ -53,11 +53,12 @@ class NativeSteps:
 
 
 def _weights(model: Gemma2) -> Weights | None:
-    """The model's weights, if every part is what the pass computes."""
+    """The model's weights, if every part is what the pass computes, in the embedding's dtype."""
     blocks = [[_weight(block.get_submodule(name)) for name in WEIGHTS] for block in model.model.layers]
     last = _weight(model.model.norm)
-    found = [[weight for weight in block if weight is not None] for block in blocks]
-    if last is None or any(len(block) < len(WEIGHTS) for block in found):
+    dtype = model.model.embed_tokens.weight.dtype
+    found = [[weight for weight in block if weight is not None and weight.dtype == dtype] for block in blocks]
+    if last is None or last.dtype != dtype or any(len(block) < len(WEIGHTS) for block in found):
         return None
     return Weights(found, last)
 

@@ -195,6 +195,8 @@ class View:
         """`ends`: one past the last position of each row, where keys are gathered; else pages are read in place."""
         self._cache, self._places, self._ends = cache, places, ends
         self._pos_BT = torch.empty(0)
+        self._free: dict[Kind, Tensor] = {}
+        """Gathered slots [B, S, 1, 1] that hold nothing of their row."""
 
     @classmethod
     def of(cls, cache: PagedCache, chunks: Sequence[Chunk], *, in_place: bool) -> View:
@@ -222,6 +224,7 @@ class View:
         for kind, places in self._places.items():
             places.plan_gather(cache.k_PKsH[0].shape[1])
             found[kind] = places.positions(end_B1)
+            self._free[kind] = (found[kind] == EMPTY)[:, :, None, None]
         any_kind = next(iter(found.values()))
         return found.get(LOCAL, any_kind), found.get(GLOBAL, any_kind)
 
@@ -246,7 +249,8 @@ class View:
             rows = store_PKsH.flatten(0, 1).index_select(0, places.gather_Z)  # [B * K * n, s, H]
             return rows.view(B, K, -1, rows.shape[-1]).transpose(1, 2)
 
-        return gathered(k_PKsH), gathered(v_PKsH)
+        # what another row has left there may be NaN, of which a weight of 0 makes NaN again
+        return gathered(k_PKsH), gathered(v_PKsH).masked_fill_(self._free[cache.kinds[layer]], 0)
 
 
 def _attend_in_place(

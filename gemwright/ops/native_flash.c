@@ -137,10 +137,11 @@ static void add_products(const uint16_t *weights, const uint32_t *paired, i64 H,
     }
 }
 
-/* e^x, to 2e-7 of it; below -100 as at -100. The remainder of x over ln 2 is taken off in two parts. */
+/* e^x, to 2e-7 of it; below -100 as at -100. The remainder of x over ln 2 is taken off in two parts. Of a NaN the
+   comparisons yield the second operand, so it stays one. */
 INLINE __m512 exp_of(__m512 x)
 {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-100));
+    x = _mm512_max_ps(_mm512_set1_ps(-100), x);
     __m512 n = _mm512_roundscale_ps(x * 1.44269504f, 0);
     __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
     __m512 p = r * (1.0f / 720) + 1.0f / 120;
@@ -152,7 +153,7 @@ INLINE __m512 exp_of(__m512 x)
 /* tanh x = 1 - 2 / (e^2x + 1), off by at most 2e-7; the quotient by one Newton step. */
 INLINE __m512 tanh_of(__m512 x)
 {
-    __m512 d = exp_of(_mm512_min_ps(2 * x, _mm512_set1_ps(40))) + 1, q = _mm512_rcp14_ps(d);
+    __m512 d = exp_of(_mm512_min_ps(_mm512_set1_ps(40), 2 * x)) + 1, q = _mm512_rcp14_ps(d);
     return 1 - 2 * (q * (2 - d * q));
 }
 
@@ -348,9 +349,9 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
         float sum = 0;
         for (int i = 0; i < SIDE; i++)
             sum += total[r * SIDE + i];
-        by[r] = sum > 0 ? 1 / sum : 0;
+        by[r] = sum == 0 ? 0 : 1 / sum;
         if (start + r < a->T)
-            a->lse[(b * a->N + n) * a->T + start + r] = sum > 0 ? logf(sum) : -INFINITY;
+            a->lse[(b * a->N + n) * a->T + start + r] = sum == 0 ? -INFINITY : logf(sum);
     }
     write_rows(sums, backward ? NULL : by, b, start, n, a->T, a->N, H, a->out);
 }

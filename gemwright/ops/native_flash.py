@@ -46,10 +46,11 @@ def fits(device: torch.device, dtype: torch.dtype, head_dim: int, cap: float | N
     return plain and cap is not None and cap <= SAFE_CAP and native.has_tiles()
 
 
-def serves(q_BTNH: Tensor, cap: float | None) -> bool:
+def serves(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, cap: float | None) -> bool:
     """Whether the kernel computes this."""
-    plain = type(q_BTNH) is Tensor and q_BTNH.shape[1] >= FEWEST and not torch.compiler.is_compiling()
-    return plain and fits(q_BTNH.device, q_BTNH.dtype, q_BTNH.shape[-1], cap)
+    plain = all(type(x) is Tensor and x.dtype == q_BTNH.dtype for x in (q_BTNH, k_BSKH, v_BSKH))
+    whole = plain and q_BTNH.shape[1] >= FEWEST and not torch.compiler.is_compiling()
+    return whole and fits(q_BTNH.device, q_BTNH.dtype, q_BTNH.shape[-1], cap)
 
 
 def flash(
@@ -103,18 +104,18 @@ def _call(
     tensors = (q_BTNH, k_BSKH, v_BSKH, *others)
     for x in tensors[:-1]:
         assert x is None or (x.dtype is torch.bfloat16 and x.is_contiguous() and x.is_cpu), (x.dtype, x.stride())
-    places = see.memo("int32", lambda: _places(see))
+    places = see.memo(("int32", B), lambda: _places(see, B))
     for place, length in zip(places, (T, S, T, S), strict=True):
         assert place is None or place.shape == (B, length), (place.shape, B, length)
     call = _Flash(
         *(None if x is None else x.data_ptr() for x in (*tensors, *places)),
-        B, T, S, N, K, H, see.window or ANY, scale, cap, torch.get_num_threads(),
+        B, T, S, N, K, H, ANY if see.window is None else see.window, scale, cap, torch.get_num_threads(),
     )  # fmt: skip
     assert native.kernels().flash_attention(ctypes.addressof(call)), "there are no matrix tiles here"
 
 
-def _places(see: Visibility) -> tuple[Tensor | None, ...]:
-    """Positions and documents as the kernel reads them; documents on both sides or on none."""
+def _places(see: Visibility, rows: int) -> tuple[Tensor | None, ...]:
+    """Positions and documents as the kernel reads them, for each row; documents on both sides or on none."""
     docs = (see.q_doc_BT, see.k_doc_BS) if see.q_doc_BT is not None and see.k_doc_BS is not None else (None, None)
     found = (see.q_pos_BT, see.k_pos_BS, *docs)
-    return tuple(None if x is None else x.to(torch.int32).contiguous() for x in found)
+    return tuple(None if x is None else x.to(torch.int32).expand(rows, -1).contiguous() for x in found)
