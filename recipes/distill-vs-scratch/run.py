@@ -4,13 +4,13 @@
     python recipes/distill-vs-scratch/run.py --data DIR --out DIR/runs
     python recipes/distill-vs-scratch/picture.py DIR/runs/results.jsonl recipes/distill-vs-scratch
 
-A teacher of 36 million parameters learns all the text, several times. Then one student of 6 million parameters learns
-a part of it, in four ways, each from three seeds of its first weights and of the order of the text:
+A teacher of 12 million parameters learns all the text. Then one student of 5 million parameters learns half of it, in
+four ways, each from three seeds of its first weights and of the order of the text:
 
     scratch     `gemwright pretrain`: cross-entropy, the text once
     local       `gemwright distill`: forward KL to the teacher, which runs beside it; the same text, once
     cached      the same, after `gemwright cache-teacher` has stored the teacher's final hidden states
-    compute     `gemwright pretrain` for as many multiplications as `local` takes with the teacher's: the text 2.9 times
+    compute     `gemwright pretrain` for as many multiplications as `local` takes with the teacher's: the text 1.8 times
 
 With one seed all ways start from the same weights and read the same rows in the same order. A line of results.jsonl is
 written as each run ends; what is done already is not done again. Runs go side by side in `--jobs` processes.
