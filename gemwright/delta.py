@@ -8,8 +8,8 @@ A file of safetensors, by the names of the healed model:
     NAME.scale      fp32 [r]              /
 
 The 2 r vectors hold whole numbers from -7 to 7, two a byte, each on a grid of its own: at equal bytes twice the rank of
-int8. Rounding alone costs 3 to 7 % of an update's square; training that runs over the grid (`on_grid`) makes up for
-most of it. Files of int8, [r, in] and [out, r], are read as well.
+int8. Rounding alone costs 3 to 7 % of an update's square, so training runs over the grid (`on_grid`). Files of int8,
+[r, in] and [out, r], are read as well.
 
 Legend: O out, I in, r rank, n numbers of a vector, ... any leading dimensions.
 """
