@@ -38,7 +38,7 @@ def leading(update_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def steps(x_rn: Tensor) -> Tensor:
     """The step of each vector's grid, [..., r, 1]: that of STEPS with the least square error."""
-    size_r1 = x_rn.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    size_r1 = x_rn.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)  # no step is denormal
     errors_rk = torch.cat([(_round(x_rn, size_r1 * step) - x_rn).square().sum(-1, keepdim=True) for step in STEPS], -1)
     return size_r1 * torch.tensor(STEPS, device=x_rn.device)[errors_rk.argmin(-1, keepdim=True)]
 

@@ -5,7 +5,7 @@
 
 #include "native_tiles.h"
 
-#ifdef __AMX_BF16__
+#ifdef TILED
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -25,7 +25,7 @@ typedef struct {
     int32_t threads;
 } Flash;
 
-#ifdef __AMX_BF16__
+#ifdef TILED
 
 #define ROWS 64    /* of a job: four tiles */
 #define CHUNK 128  /* columns between two updates of the sums */

@@ -4,7 +4,8 @@
 
 #include "native.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#define TILED
 #include <immintrin.h>
 
 #define SIDE 16         /* rows of a tile, and 32-bit numbers in a row of one */
@@ -21,6 +22,7 @@ INLINE void take_tiles(void)
     Shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++)
         shapes.bytes[i] = 64, shapes.rows[i] = SIDE;
+    __asm__ volatile("" ::: "memory"); /* gcc 12 does not see all that the next line reads */
     _tile_loadconfig(&shapes);
 }
 
