@@ -290,10 +290,8 @@ def constrained(folder: Path, new: int) -> dict[str, float]:
     from gemwright.sampling import SamplingParams
 
     lm = gemwright.load(folder, device="cpu")
-    engine, prompts = (
-        Engine(lm, rows=8),
-        [lm.encode([{"role": "user", "content": f"Invent person {i}."}]) for i in range(8)],
-    )
+    engine = Engine(lm, rows=8)
+    prompts = [lm.encode([{"role": "user", "content": f"Invent person {i}."}]) for i in range(8)]
     found = {}
     for name, limit in (("free", None), ("constrained", Constraint.of("json_schema", SCHEMA))):
         for warm in (True, False):

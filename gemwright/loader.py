@@ -108,7 +108,7 @@ def load_model(
     with torch.device("meta"):
         model = Gemma2(config if parallel is None else shard_config(config, parallel.world), chosen)
     model.config = config
-    small = config.num_parameters() * dtype.itemsize <= SMALL
+    small = parallel is None and config.num_parameters() * dtype.itemsize <= SMALL
     used = set()
     for name in config.parameter_shapes():
         if name == EMBEDDING:

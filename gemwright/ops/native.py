@@ -75,9 +75,10 @@ _ARGUMENTS: Final = {
     "paged_attention": [ctypes.POINTER(_PagedAttention)],
     "model_pass": [c_void_p],
     "ask_for_tiles": [],
+    "tiles_allowed": [],
     "flash_attention": [c_void_p],
 }
-_ANSWERS: Final = ("paged_attention", "model_pass", "ask_for_tiles", "flash_attention")
+_ANSWERS: Final = ("paged_attention", "model_pass", "ask_for_tiles", "tiles_allowed", "flash_attention")
 """Functions that return a number; the others return nothing."""
 
 
@@ -158,7 +159,7 @@ def _openmp() -> str:
 def has_tiles() -> bool:
     """Whether products of bf16 rows run on the processor's matrix tiles (AMX)."""
     loaded = library()
-    return loaded is not None and bool(loaded.ask_for_tiles())
+    return loaded is not None and bool(loaded.tiles_allowed())
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -16,7 +16,7 @@
 
 static int allowed;
 
-/* Ask the kernel for the tiles, once a process; whether they may be used. */
+/* Ask the kernel for the tiles, once a process; whether they may be used, which `tiles_allowed` says from then on. */
 int ask_for_tiles(void) { return allowed = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0; }
 int tiles_allowed(void) { return allowed; }
 
@@ -102,6 +102,7 @@ int tile_products(const void *x, const Product *products, int count, i64 M, i64 
 #else
 
 int ask_for_tiles(void) { return 0; }
+int tiles_allowed(void) { return 0; }
 int tile_products(const void *x, const Product *products, int count, i64 M, i64 D, int threads) { return 0; }
 
 #endif
