@@ -35,7 +35,6 @@ def blocked(
 ) -> Tensor:
     """Attention [B, T, N, H] in the dtype of q; see `ops.attention.reference` for the definition."""
     if native_flash.serves(q_BTNH, k_BSKH, v_BSKH, cap):
-        assert cap is not None
         return native_flash.flash(q_BTNH, k_BSKH, v_BSKH, see, scale=scale, cap=cap)
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
         out_BTNH: Tensor = _Blocked.apply(q_BTNH, k_BSKH, v_BSKH, see, scale, cap)  # type: ignore[no-untyped-call]

@@ -5,8 +5,9 @@
    queries' gradient the rows are queries; of the keys' and values' gradients they are keys, and the columns are queries.
    So nothing is added up by two threads, and results do not depend on their number.
 
-   A cap bounds the scores, so weights are exp(score) without the largest one subtracted. Blocks of columns that no row
-   sees are skipped, and those that all rows see are not masked.
+   A cap bounds the scores, so weights are exp(score) without the largest one subtracted; without a cap the forward pass
+   sweeps over the scores once more, to find it. Blocks of columns that no row sees are skipped, and those that all rows
+   see are not masked.
 
    Legend: B batch rows, T queries, S keys, N query heads, K key/value heads, H head dim. */
 
@@ -21,7 +22,7 @@ typedef struct {
     const int32_t *q_doc, *k_doc;  /* the same, or NULL: one document */
     i64 B, T, S, N, K, H;
     i64 window;                    /* most positions that a key may lie back, plus one */
-    float scale, cap;
+    float scale, cap;              /* cap 0: none */
     int32_t threads;
 } Flash;
 
@@ -51,11 +52,11 @@ typedef struct {
     float scale, cap;
     const uint16_t *first, *second; /* [ROWS, H]: rows of both products */
     const int32_t *row_pos, *row_doc;
-    const float *row_lse, *row_delta;
+    const float *row_shift, *row_delta; /* the shift is taken off a score: backward the log-sum-exp, forward the largest */
     Span span;                      /* of the rows */
     const uint32_t *laid_first, *laid_second, *paired_first, *paired_second; /* of one head's columns */
     const int32_t *pos, *doc;
-    const float *lse, *delta;       /* of the columns, as the rows' are where they are keys */
+    const float *shift, *delta;     /* of the columns, as the rows' are where they are keys */
     const Span *spans;
     i64 columns;                    /* padded */
     float *of_slopes, *of_weights;  /* [H / 16, TILES, 16, 16]: sums of slopes . first and of weights . second */
@@ -157,50 +158,84 @@ INLINE __m512 tanh_of(__m512 x)
     return 1 - 2 * (q * (2 - d * q));
 }
 
-/* Weights of 16 columns from a row's products, and in backward the slopes: d loss / d (q . k). */
-INLINE void weigh(const int backward, const int by_row, const int masked, const Sweep *w, i64 row, i64 column,
-                  const float *products, const float *seconds, uint16_t *weights, uint16_t *slopes)
+/* Which of 16 columns a row sees, or is seen by. */
+INLINE __mmask16 seen_of(const Sweep *w, i64 row, i64 column)
 {
-    __m512 tanh = tanh_of(_mm512_load_ps(products) * (w->scale / w->cap)), x = w->cap * tanh;
-    if (backward)
-        x -= by_row ? _mm512_set1_ps(w->row_lse[row]) : _mm512_loadu_ps(w->lse + column);
-    x = exp_of(x);
-    if (masked) {
-        __m512i own = _mm512_set1_epi32(w->row_pos[row]), others = _mm512_loadu_si512(w->pos + column);
-        __m512i q = w->rows_are_keys ? others : own, k = w->rows_are_keys ? own : others;
-        __mmask16 seen = _mm512_cmple_epi32_mask(k, q) & ~_mm512_movepi32_mask(k);
-        seen &= _mm512_cmplt_epi32_mask(_mm512_sub_epi32(q, k), _mm512_set1_epi32(w->window));
-        seen &= _mm512_cmpeq_epi32_mask(_mm512_set1_epi32(w->row_doc[row]), _mm512_loadu_si512(w->doc + column));
-        x = _mm512_maskz_mov_ps(seen, x);
+    __m512i own = _mm512_set1_epi32(w->row_pos[row]), others = _mm512_loadu_si512(w->pos + column);
+    __m512i q = w->rows_are_keys ? others : own, k = w->rows_are_keys ? own : others;
+    __mmask16 seen = _mm512_cmple_epi32_mask(k, q) & ~_mm512_movepi32_mask(k);
+    seen &= _mm512_cmplt_epi32_mask(_mm512_sub_epi32(q, k), _mm512_set1_epi32(w->window));
+    return seen & _mm512_cmpeq_epi32_mask(_mm512_set1_epi32(w->row_doc[row]), _mm512_loadu_si512(w->doc + column));
+}
+
+/* The largest score of each row without a cap; -inf where it sees nothing. */
+static void largest(const Sweep *w, float *most)
+{
+    Square products[TILES];
+    __m512 top[ROWS];
+    for (i64 r = 0; r < ROWS; r++)
+        top[r] = _mm512_set1_ps(-INFINITY);
+    for (i64 c = 0; c < w->columns; c += SIDE) {
+        Span k = w->spans[c / SIDE];
+        if (!some(w->span, k, w->window))
+            continue;
+        int whole = all(w->span, k, w->window);
+        multiply_rows(w->first, w->laid_first + c / SIDE * (w->H / 2) * SIDE, w->H, products);
+        for (i64 r = 0; r < ROWS; r++) {
+            __m512 x = _mm512_load_ps(products[r / SIDE] + r % SIDE * SIDE) * w->scale;
+            top[r] = _mm512_mask_max_ps(top[r], whole ? 0xffff : seen_of(w, r, c), top[r], x);
+        }
     }
+    for (i64 r = 0; r < ROWS; r++)
+        most[r] = _mm512_reduce_max_ps(top[r]);
+}
+
+/* Weights of 16 columns from a row's products, and in backward the slopes: d loss / d (q . k). */
+INLINE void weigh(const int backward, const int by_row, const int masked, const int capped, const Sweep *w, i64 row,
+                  i64 column, const float *products, const float *seconds, uint16_t *weights, uint16_t *slopes)
+{
+    __m512 x = _mm512_load_ps(products) * (capped ? w->scale / w->cap : w->scale), tanh = x;
+    if (capped)
+        tanh = tanh_of(x), x = w->cap * tanh;
+    if (backward || !capped)
+        x -= by_row ? _mm512_set1_ps(w->row_shift[row]) : _mm512_loadu_ps(w->shift + column);
+    x = exp_of(x);
+    if (masked)
+        x = _mm512_maskz_mov_ps(seen_of(w, row, column), x);
     _mm256_storeu_si256((void *)weights, (__m256i)_mm512_cvtneps_pbh(x));
     if (!backward) {
         _mm512_storeu_ps(w->total + row * SIDE, _mm512_loadu_ps(w->total + row * SIDE) + x);
         return;
     }
     __m512 delta = by_row ? _mm512_set1_ps(w->row_delta[row]) : _mm512_loadu_ps(w->delta + column);
-    __m512 slope = (_mm512_load_ps(seconds) - delta) * x * (1 - tanh * tanh) * w->scale;
+    __m512 slope = (_mm512_load_ps(seconds) - delta) * x * w->scale;
+    if (capped)
+        slope *= 1 - tanh * tanh;
     _mm256_storeu_si256((void *)slopes, (__m256i)_mm512_cvtneps_pbh(slope));
 }
 static void weigh_tile(const Sweep *w, int masked, i64 row, i64 column, const float *products, const float *seconds,
                        uint16_t *weights, uint16_t *slopes)
 {
-#define WEIGH(backward, by_row, masked)                                                                                \
+#define ROW_BY_ROW(backward, by_row, masked, capped)                                                                   \
     for (i64 r = 0; r < SIDE; r++)                                                                                     \
-        weigh(backward, by_row, masked, w, row + r, column, products + r * SIDE, seconds + r * SIDE,                   \
+        weigh(backward, by_row, masked, capped, w, row + r, column, products + r * SIDE, seconds + r * SIDE,           \
               weights + r * CHUNK, slopes + r * CHUNK);
-    if (!w->backward && masked)
-        WEIGH(0, 0, 1)
-    else if (!w->backward)
-        WEIGH(0, 0, 0)
-    else if (!w->rows_are_keys && masked)
-        WEIGH(1, 1, 1)
-    else if (!w->rows_are_keys)
-        WEIGH(1, 1, 0)
-    else if (masked)
-        WEIGH(1, 0, 1)
-    else
-        WEIGH(1, 0, 0)
+#define WEIGH(backward, by_row)                                                                                        \
+    if (w->cap > 0 && masked)                                                                                          \
+        ROW_BY_ROW(backward, by_row, 1, 1)                                                                             \
+    else if (w->cap > 0)                                                                                               \
+        ROW_BY_ROW(backward, by_row, 0, 1)                                                                             \
+    else if (masked)                                                                                                   \
+        ROW_BY_ROW(backward, by_row, 1, 0)                                                                             \
+    else                                                                                                               \
+        ROW_BY_ROW(backward, by_row, 0, 0)
+    if (!w->backward) {
+        WEIGH(0, 1)
+    } else if (!w->rows_are_keys) {
+        WEIGH(1, 1)
+    } else {
+        WEIGH(1, 0)
+    }
 }
 
 static void sweep(const Sweep *w)
@@ -326,7 +361,7 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
 {
     i64 H = a->H, z = b * a->K + n / (a->N / a->K), at = b * p->queries.padded + start;
     i64 of_row = (b * a->N + n) * p->queries.padded + start, tiles = p->keys.padded / SIDE;
-    float total[ROWS * SIDE] = {0}, by[ROWS];
+    float total[ROWS * SIDE] = {0}, by[ROWS], most[ROWS] = {0};
     copy_rows(a->q, b, start, n, a->T, a->N, H, rows);
     if (backward)
         copy_rows(a->made, b, start, n, a->T, a->N, H, rows + ROWS * H);
@@ -334,7 +369,7 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
     Sweep w = {
         .backward = backward, .H = H, .window = a->window, .scale = a->scale, .cap = a->cap, .first = rows,
         .second = rows + ROWS * H, .row_pos = p->queries.pos + at, .row_doc = p->queries.doc + at,
-        .row_lse = p->lse + of_row, .row_delta = p->delta + of_row,
+        .row_shift = backward ? p->lse + of_row : most, .row_delta = p->delta + of_row,
         .span = span_of(p->queries.pos + at, p->queries.doc + at, ROWS),
         .laid_first = p->k.laid + z * tiles * (H / 2) * SIDE,
         .laid_second = backward ? p->v.laid + z * tiles * (H / 2) * SIDE : NULL,
@@ -344,6 +379,8 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
         .spans = p->keys.spans + b * tiles, .columns = p->keys.padded, .of_slopes = backward ? sums : NULL,
         .of_weights = backward ? NULL : sums, .total = total,
     };
+    if (!backward && a->cap == 0)
+        largest(&w, most);
     sweep(&w);
     for (i64 r = 0; !backward && r < ROWS; r++) {
         float sum = 0;
@@ -351,7 +388,7 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
             sum += total[r * SIDE + i];
         by[r] = sum == 0 ? 0 : 1 / sum;
         if (start + r < a->T)
-            a->lse[(b * a->N + n) * a->T + start + r] = sum == 0 ? -INFINITY : logf(sum);
+            a->lse[(b * a->N + n) * a->T + start + r] = sum == 0 ? -INFINITY : logf(sum) + most[r];
     }
     write_rows(sums, backward ? NULL : by, b, start, n, a->T, a->N, H, a->out);
 }
@@ -373,7 +410,7 @@ static void job_of_keys(const Flash *a, const Parts *p, i64 b, i64 kv, i64 start
             .paired_first = p->q.paired + z * p->queries.padded / 2 * H,
             .paired_second = p->made.paired + z * p->queries.padded / 2 * H,
             .pos = p->queries.pos + b * p->queries.padded, .doc = p->queries.doc + b * p->queries.padded,
-            .lse = p->lse + z * p->queries.padded, .delta = p->delta + z * p->queries.padded,
+            .shift = p->lse + z * p->queries.padded, .delta = p->delta + z * p->queries.padded,
             .spans = p->queries.spans + b * tiles, .columns = p->queries.padded, .of_slopes = sums,
             .of_weights = sums + ROWS * H,
         };

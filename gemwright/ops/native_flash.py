@@ -41,9 +41,9 @@ class _Flash(ctypes.Structure):
 
 
 def fits(device: torch.device, dtype: torch.dtype, head_dim: int, cap: float | None) -> bool:
-    """Whether the kernel is made for such a model: bf16, a CPU with matrix tiles, a cap that bounds the scores."""
+    """Whether the kernel is made for such a model: bf16, a CPU with matrix tiles, a cap that bounds the scores or none."""
     plain = device.type == "cpu" and dtype is torch.bfloat16 and head_dim % DEEP == 0
-    return plain and cap is not None and cap <= SAFE_CAP and native.has_tiles()
+    return plain and (cap is None or cap <= SAFE_CAP) and native.has_tiles()
 
 
 def serves(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, cap: float | None) -> bool:
@@ -54,7 +54,7 @@ def serves(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, cap: float | None) ->
 
 
 def flash(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float | None
 ) -> Tensor:  # fmt: skip
     """Attention [B, T, N, H]; see `ops.attention.reference` for the definition."""
     if torch.is_grad_enabled() and (q_BTNH.requires_grad or k_BSKH.requires_grad or v_BSKH.requires_grad):
@@ -68,7 +68,7 @@ class _Function(torch.autograd.Function):
     """Keeps q, k, v, the output and the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Visibility, scale: float, cap: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, see: Visibility, scale: float, cap: float | None) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, lse = _forward(q, k, v, see, scale, cap)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -85,7 +85,7 @@ class _Function(torch.autograd.Function):
 
 
 def _forward(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, scale: float, cap: float
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of each query's scores, [B, N, T]; -inf where it sees nothing."""
     B, T, N, _ = q_BTNH.shape
@@ -95,7 +95,7 @@ def _forward(
 
 
 def _call(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *others: Tensor | None, see: Visibility, scale: float, cap: float
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *others: Tensor | None, see: Visibility, scale: float, cap: float | None
 ) -> None:
     """`others` in the struct's order: d out, the output before it, what is written, and the log-sum-exp."""
     B, T, N, H = q_BTNH.shape
@@ -109,7 +109,7 @@ def _call(
         assert place is None or place.shape == (B, length), (place.shape, B, length)
     call = _Flash(
         *(None if x is None else x.data_ptr() for x in (*tensors, *places)),
-        B, T, S, N, K, H, ANY if see.window is None else see.window, scale, cap, torch.get_num_threads(),
+        B, T, S, N, K, H, ANY if see.window is None else see.window, scale, cap or 0.0, torch.get_num_threads(),
     )  # fmt: skip
     assert native.kernels().flash_attention(ctypes.addressof(call)), "there are no matrix tiles here"
 

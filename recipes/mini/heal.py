@@ -7,7 +7,7 @@
 
 The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the
 teacher is the source itself. The loss is the mean of KL(teacher || student) over the tokens where both predict the
-same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. At each of the marks in ROLLOUTS the
+same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. At each of `--marks` the
 student answers prompts itself at temperature 1, and these documents take part from then on: on-policy distillation
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
@@ -58,8 +58,6 @@ from gemwright.train.speed import compile_blocks
 
 SHARES = {"prose": 0.5, "chats": 0.5}
 OWN_SHARE = 0.5
-ROLLOUTS = (0.4, 0.7)
-"""Progress at which the student answers prompts itself."""
 FACTORED = 0.6
 """Progress at which the updates become factors."""
 NEW_TOKENS = 256
@@ -235,7 +233,7 @@ class Run:
                 self.begin()
                 self.log({"factored": args.rank})
                 self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
-            marks = [mark for mark in ROLLOUTS if args.rollouts and mark <= self.progress]
+            marks = [mark for mark in args.marks if args.rollouts and mark <= self.progress]
             if len(marks) > self.rounds:
                 self.rounds = len(marks)
                 pair.student.write()
@@ -334,6 +332,8 @@ def build(args: argparse.Namespace) -> Pair:
     model = model.to_empty(device=device).to(dtype)
     model.tie()
     student = Student(model, weights, None if args.factored > 0 else args.rank)
+    if args.start:
+        student.start(load_delta(args.start))
     student.write()
     if args.compile:
         llama.compile()
@@ -347,6 +347,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py and answer.py filled")
     parser.add_argument("--out", type=Path, help="folder of the run (train); an interrupted run resumes")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run in wall-clock minutes")
+    parser.add_argument("--start", type=Path, help="delta that the run begins from; without it the adopted model")
     parser.add_argument("--delta", type=Path, help="evaluate this delta; without it the adopted model as it is")
     parser.add_argument(
         "--factored",
@@ -358,6 +359,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
+    parser.add_argument(
+        "--marks", type=float, nargs="*", default=(0.4, 0.7), help="progress at which the student answers prompts itself"
+    )
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
     parser.add_argument("--calibration", type=int, default=64, help="pieces of 256 tokens that adoption is fitted to")
     parser.add_argument("--heldout", type=int, default=10**9, help="held-out tokens of each kind, at most")
@@ -369,6 +373,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command == "train" and args.out is None:
         sys.exit("train needs --out")
+    if args.start and args.factored <= 0:
+        sys.exit(f"--factored: got {args.factored}, allowed with --start is a number above 0: updates are whole at first")
     return args
 
 

@@ -104,6 +104,19 @@ class Student:
             self._train(f"{stem}.lora_A", low_LrI, base.new_tensor(1 / math.sqrt(I)))
             self._train(f"{stem}.lora_B", base.new_zeros(L, O, self.rank), base.new_tensor(1.0))
 
+    @torch.no_grad()
+    def start(self, delta: Mapping[str, Tensor]) -> None:
+        """Begin a full run from a delta that was trained before."""
+        assert self.rank is None
+        for kind, names in self.kinds.items():
+            base, stem = self.base[kind], kind.removesuffix(".weight")
+            if base.dim() == 2:
+                value, trained = 1 + torch.stack([delta[name] for name in names]).to(base.device), kind
+            else:
+                updates = [healed(torch.zeros(()), parts(delta, name)) for name in names]
+                value, trained = torch.stack(updates).to(base.device), f"{stem}.update"
+            self.trained[trained].copy_(value / self.sizes[trained])
+
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
 
@@ -197,8 +210,12 @@ class Student:
                 if name in delta:
                     leaf.copy_(delta[name])
                 else:
-                    parts = {part: delta[f"{name.removesuffix('.weight')}.{part}"].to(leaf.device) for part in PARTS}
-                    leaf.copy_(healed(base, parts))
+                    leaf.copy_(healed(base.cpu(), parts(delta, name)))
+
+
+def parts(delta: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of the update of a linear's weight `name`."""
+    return {part: delta[f"{name.removesuffix('.weight')}.{part}"] for part in PARTS}
 
 
 def save_delta(path: Path, delta: dict[str, Tensor], rank: int) -> None:
