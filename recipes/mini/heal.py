@@ -41,12 +41,15 @@ from data import rows as json_rows
 from pairs import LENGTHS, Mixture, Row, Turns, chats, pieces, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sample import Clock, sample
+from sample import END, Clock, sample
 from student import Loaded, Student, adopted, load_delta, save_delta
 from torch import Tensor
 
 from gemwright.adopt import Llama, adopted_config
 from gemwright.bundled import base_path
+from gemwright.engine.engine import Engine
+from gemwright.engine.rollout import rollout as engine_rollout
+from gemwright.engine.rollout import twin
 from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
@@ -54,13 +57,17 @@ from gemwright.ops.cpu import has_fast_bf16, keep_memory
 from gemwright.ops.divergence import divergence
 from gemwright.ops.head import Head, chunks
 from gemwright.ops.loss import linear_logprob
+from gemwright.sampling import SamplingParams
 from gemwright.train.speed import compile_blocks
 
 SHARES = {"prose": 0.5, "chats": 0.5}
 OWN_SHARE = 0.5
 FACTORED = 0.6
 """Progress at which the updates become factors."""
+WATCHED = 0.04
+"""Progress before it in which gradients are watched, which choose the factors."""
 NEW_TOKENS = 256
+ENGINE_ROWS = 64
 WARMUP = 20
 LONG = 4096
 """Positions before it are not counted in the held-out texts of 8192 tokens."""
@@ -148,23 +155,40 @@ def evaluate(pair: Pair, documents: list[Tokens], length: int, limit: int, first
 
 def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> tuple[list[Tokens], str]:
     """What the student itself answers to prompts, at temperature 1, as documents; and the speed."""
-    with torch.device("meta"):
-        twin = Gemma2(pair.model.config, Attention(train="blocked", prefill="blocked", decode="blocked"))
-    twin.load_state_dict({n: p.detach() for n, p in pair.model.named_parameters()}, strict=False, assign=True)
-    twin.tie()
-    clock, generator = Clock(), torch.Generator(pair.device).manual_seed(seed)
     prompts = [[0, *pair.turns.question(row["turns"][0])] for row in asked]
     prompts = sorted((prompt for prompt in prompts if len(prompt) < 256), key=len)
-    documents: list[Tokens] = []
+    clock = Clock()
+    if pair.device.type == "cuda":
+        answers = in_batches(pair.model, prompts, batch, seed)
+    else:
+        answers = in_engine(pair.model, prompts, min(batch, ENGINE_ROWS))
+    clock.tokens = sum(map(len, answers))
+    documents = [np.array(prompt + answer, np.uint16) for prompt, answer in zip(prompts, answers, strict=True)]
+    return documents, str(clock)
+
+
+def in_batches(model: Gemma2, prompts: list[list[int]], batch: int, seed: int) -> list[list[int]]:
+    """Answers of a thousand rows at once, whose steps one graph replays."""
+    with torch.device("meta"):
+        other = Gemma2(model.config, Attention(train="blocked", prefill="blocked", decode="blocked"))
+    other.load_state_dict({n: p.detach() for n, p in model.named_parameters()}, strict=False, assign=True)
+    other.tie()
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    answers: list[list[int]] = []
     for at in range(0, len(prompts), batch):
         part = prompts[at : at + batch]
-        answers = sample(
-            twin, twin.logits, twin.config, part, [1.0] * len(part),
-            new_tokens=NEW_TOKENS, generator=generator, dtype=twin.lm_head.weight.dtype,
+        answers += sample(
+            other, other.logits, other.config, part, [1.0] * len(part),
+            new_tokens=NEW_TOKENS, generator=generator, dtype=other.lm_head.weight.dtype,
         )  # fmt: skip
-        clock.tokens += sum(map(len, answers))
-        documents += [np.array(prompt + answer, np.uint16) for prompt, answer in zip(part, answers, strict=True)]
-    return documents, str(clock)
+    return answers
+
+
+def in_engine(model: Gemma2, prompts: list[list[int]], rows: int) -> list[list[int]]:
+    """Answers of the engine, which fills a row as soon as it is free."""
+    engine = Engine(twin(model), rows=rows, budget=512, cache_tokens=rows * 1024)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, stop_ids=frozenset({END}))
+    return [one.tokens for (one,) in engine_rollout(engine, prompts, params)]
 
 
 def rate(progress: float, step: int) -> float:
@@ -242,6 +266,8 @@ class Run:
                 mixture.set("own", own, OWN_SHARE)
                 self.answered(mixture)
                 self.log({"rollout": self.rounds, "documents": len(own), "speed": speed})
+            if pair.student.rank is None and self.progress >= args.factored - WATCHED:
+                pair.student.watch()
             kl, norm = self.update(next(stream))
             self.step, self.tokens = self.step + 1, self.tokens + args.tokens
             now = time.monotonic()
@@ -360,7 +386,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
     parser.add_argument(
-        "--marks", type=float, nargs="*", default=(0.4, 0.7), help="progress at which the student answers prompts itself"
+        "--marks",
+        type=float,
+        nargs="*",
+        default=(0.4, 0.7),
+        help="progress at which the student answers prompts itself",
     )
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
     parser.add_argument("--calibration", type=int, default=64, help="pieces of 256 tokens that adoption is fitted to")
@@ -374,7 +404,9 @@ def arguments() -> argparse.Namespace:
     if args.command == "train" and args.out is None:
         sys.exit("train needs --out")
     if args.start and args.factored <= 0:
-        sys.exit(f"--factored: got {args.factored}, allowed with --start is a number above 0: updates are whole at first")
+        sys.exit(
+            f"--factored: got {args.factored}, allowed with --start is a number above 0: updates are whole at first"
+        )
     return args
 
 
