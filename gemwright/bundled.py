@@ -117,4 +117,6 @@ def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[s
                 tensor = healed(adopted_tensor(source, name), parts)
             else:
                 tensor = adopted_tensor(source, name)
+            if f"{stem}.shift" in held:
+                tensor = tensor + file.get_tensor(f"{stem}.shift")
             yield name, tensor.to(torch.bfloat16)

@@ -6,6 +6,7 @@ A file of safetensors, by the names of the healed model:
     NAME.lora_A     uint8 [r, in / 2]     \\
     NAME.lora_B     uint8 [r, out / 2]     >  a linear's update, B^T diag(scale) A
     NAME.scale      fp32 [r]              /
+    model.embed_tokens.shift    fp32 [D], where there is one: added to every row of the embedding
 
 The 2 r vectors hold whole numbers from -7 to 7, two a byte, each on a grid of its own: at equal bytes twice the rank of
 int8. Rounding alone costs 3 to 7 % of an update's square, so training runs over the grid (`on_grid`). Files of int8,
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 PARTS: Final = ("lora_A", "lora_B", "scale")
+SHIFT: Final = "model.embed_tokens.shift"
 MOST: Final = 7
 """The largest number of the grid."""
 STEPS: Final = (0.25, 0.35, 0.5, 0.7, 1.0)

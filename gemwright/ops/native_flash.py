@@ -95,7 +95,13 @@ def _forward(
 
 
 def _call(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *others: Tensor | None, see: Visibility, scale: float, cap: float | None
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *others: Tensor | None,
+    see: Visibility,
+    scale: float,
+    cap: float | None,
 ) -> None:
     """`others` in the struct's order: d out, the output before it, what is written, and the log-sum-exp."""
     B, T, N, H = q_BTNH.shape

@@ -307,7 +307,7 @@ class Run:
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
-        state: dict[str, Tensor] = {}
+        state = {"shift": self.pair.student.shift_D}
         for name, parameter in self.pair.student.trained.items():
             kept = self.optimizer.state[parameter]
             state |= {f"value/{name}": parameter.detach(), f"size/{name}": self.pair.student.sizes[name]}
@@ -326,6 +326,7 @@ class Run:
             if student.rank is None and any(name.endswith("lora_A") for name in file.keys()):  # noqa: SIM118
                 student.factor(self.args.rank)
                 self.begin()
+            student.shift_to(file.get_tensor("shift"))
             for name, parameter in student.trained.items():
                 parameter.data.copy_(file.get_tensor(f"value/{name}"))
                 student.sizes[name] = file.get_tensor(f"size/{name}")
@@ -360,11 +361,20 @@ def build(args: argparse.Namespace) -> Pair:
     student = Student(model, weights, None if args.factored > 0 else args.rank)
     if args.start:
         student.start(load_delta(args.start))
+    if args.lower:
+        student.lower(some_text(args.data, turns).to(device), args.lower)
     student.write()
     if args.compile:
         llama.compile()
         compile_blocks(model)
     return Pair(student, llama, turns, device)
+
+
+def some_text(folder: Path, turns: Turns, length: int = 512) -> Tensor:
+    """Rows [B, T] of prose and of chats for a fit."""
+    prose = pieces(folder, "train", turns, ((length, 1.0),), seed=7)
+    found = [[d for d in documents if len(d) >= length][:16] for documents in (prose, chats(folder, "train"))]
+    return torch.tensor(np.stack([d[:length] for documents in found for d in documents]).astype(np.int64))
 
 
 def arguments() -> argparse.Namespace:
@@ -374,6 +384,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run (train); an interrupted run resumes")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run in wall-clock minutes")
     parser.add_argument("--start", type=Path, help="delta that the run begins from; without it the adopted model")
+    parser.add_argument("--lower", type=float, default=0, help="what is taken off all logits before the run begins")
     parser.add_argument("--delta", type=Path, help="evaluate this delta; without it the adopted model as it is")
     parser.add_argument(
         "--factored",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from gemwright.adopt import Llama, adopted_tensors, calibrate
 from gemwright.bundled import delta_metadata
-from gemwright.delta import PARTS, compress, healed, leading, on_grid, packed
+from gemwright.delta import PARTS, SHIFT, compress, healed, leading, on_grid, packed
 from gemwright.gguf import Gguf
 from gemwright.model import Gemma2
 
@@ -64,8 +65,8 @@ class Student:
 
     def __init__(self, model: Gemma2, weights: dict[str, Tensor], rank: int | None) -> None:
         self.model, self.rank, self.speeds = model, rank, SPEEDS
-        with torch.no_grad():
-            model.model.embed_tokens.weight.copy_(weights["model.embed_tokens.weight"])
+        self.table_VD = weights["model.embed_tokens.weight"]
+        self.shift_to(torch.zeros_like(self.table_VD[0]))
         model.model.embed_tokens.weight.requires_grad_(False)
         self.kinds: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
@@ -111,6 +112,8 @@ class Student:
     def start(self, delta: Mapping[str, Tensor]) -> None:
         """Begin a full run from a delta that was trained before."""
         assert self.rank is None
+        if SHIFT in delta:
+            self.shift_to(delta[SHIFT].to(self.shift_D.device))
         for kind, names in self.kinds.items():
             base, stem = self.base[kind], kind.removesuffix(".weight")
             if base.dim() == 2:
@@ -122,6 +125,53 @@ class Student:
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
+
+    @torch.no_grad()
+    def shift_to(self, shift_D: Tensor) -> None:
+        """Make the embedding the source's plus this vector."""
+        self.shift_D = shift_D
+        self.model.model.embed_tokens.weight.copy_(self.table_VD + shift_D)
+
+    @torch.no_grad()
+    def lower(self, tokens_BT: Tensor, by: float) -> None:
+        """Take about `by` off all logits alike, which softmax does not see and the cap does.
+
+        One vector, added to each row of the tied embedding, adds its product with the hidden state to all logits of a
+        token; it is the small one whose products are nearly -by. What the first layer now reads differs by a constant:
+        its linears are fitted, by least squares, to give what they gave.
+        """
+        assert self.rank is None
+        first = self.model.model.layers[0]
+        reads = {
+            "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+            "pre_feedforward_layernorm": ("gate_proj", "up_proj"),
+        }
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            first.get_submodule(norm).register_forward_hook(partial(_keep, seen, norm)) for norm in reads
+        ]  # fmt: skip
+
+        def read() -> Tensor:
+            self.write()
+            pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+            hidden_BTD: Tensor = self.model(tokens_BT, pos_BT)
+            return hidden_BTD[:, 1:].flatten(0, 1).float()
+
+        hidden_XD = read()
+        before = dict(seen)
+        moment_DD = hidden_XD.mT @ hidden_XD / len(hidden_XD)
+        moment_DD.diagonal().add_(moment_DD.diagonal().mean())
+        self.shift_to(self.shift_D + torch.linalg.solve(moment_DD, -by * hidden_XD.mean(0)))
+        for norm, linears in reads.items():
+            read()
+            turn_DD = turned(seen[norm], before[norm])
+            for kind in self.base:
+                if kind.split(".")[-2] in linears:
+                    update, size = (x[f"{kind.removesuffix('.weight')}.update"] for x in (self.trained, self.sizes))
+                    whole_OD = self.base[kind][0] + update[0] * size[0]
+                    update[0] = (whole_OD @ turn_DD - self.base[kind][0]) / size[0]
+        for hook in hooks:
+            hook.remove()
 
     def watch(self) -> None:
         """From here on `collect` adds up the second moments of the linears' gradients by outputs and by inputs."""
@@ -200,7 +250,7 @@ class Student:
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
         """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in 4 bits, as trained where factored."""
-        state: dict[str, Tensor] = {}
+        state = {SHIFT: self.shift_D}
         for kind, names in self.kinds.items():
             if self.base[kind].dim() == 2:
                 state |= dict(zip(names, self._weight(kind), strict=True))
@@ -216,12 +266,26 @@ class Student:
     @torch.no_grad()
     def load(self, delta: Mapping[str, Tensor]) -> None:
         """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
+        self.shift_to(delta.get(SHIFT, torch.zeros_like(self.shift_D)).to(self.shift_D.device))
         for kind, names in self.kinds.items():
             for name, base, leaf in zip(names, self.base[kind], self.leaves[kind], strict=True):
                 if name in delta:
                     leaf.copy_(delta[name])
                 else:
                     leaf.copy_(healed(base.cpu(), parts(delta, name)))
+
+
+def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, out: Tensor) -> None:
+    seen[name] = out[:, 1:].flatten(0, 1).float()
+
+
+def turned(new_XD: Tensor, old_XD: Tensor) -> Tensor:
+    """The matrix nearest to the identity that makes the old vectors of the new ones, by least squares."""
+    moment_DD = new_XD.mT @ new_XD
+    moment_DD.diagonal().add_(1e-4 * moment_DD.diagonal().mean())
+    turn_DD = torch.linalg.solve(moment_DD, new_XD.mT @ (old_XD - new_XD)).mT
+    turn_DD.diagonal().add_(1)
+    return turn_DD
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:
