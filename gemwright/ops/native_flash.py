@@ -41,7 +41,7 @@ class _Flash(ctypes.Structure):
 
 
 def fits(device: torch.device, dtype: torch.dtype, head_dim: int, cap: float | None) -> bool:
-    """Whether the kernel is made for such a model: bf16, a CPU with matrix tiles, a cap that bounds the scores or none."""
+    """Whether the kernel is made for such a model: bf16, a CPU with matrix tiles, no cap or one that bounds scores."""
     plain = device.type == "cpu" and dtype is torch.bfloat16 and head_dim % DEEP == 0
     return plain and (cap is None or cap <= SAFE_CAP) and native.has_tiles()
 

@@ -433,6 +433,8 @@ def main() -> None:
         "answers": chats(args.data, "heldout"),
         "long": [p for p in pieces(args.data, "heldout", pair.turns, ((8192, 1.0),), seed=1) if len(p) > 5000],
     }
+    if args.tokens <= LONG * 4 // 3:  # a document takes three quarters of a row at most
+        heldout["long"] = []
     heldout = {name: documents for name, documents in heldout.items() if documents}
     if args.command == "train":
         run = Run(pair, args)

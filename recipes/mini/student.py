@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partial
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +283,7 @@ def turned(new_XD: Tensor, old_XD: Tensor) -> Tensor:
     """The matrix nearest to the identity that makes the old vectors of the new ones, by least squares."""
     moment_DD = new_XD.mT @ new_XD
     moment_DD.diagonal().add_(1e-4 * moment_DD.diagonal().mean())
-    turn_DD = torch.linalg.solve(moment_DD, new_XD.mT @ (old_XD - new_XD)).mT
+    turn_DD: Tensor = torch.linalg.solve(moment_DD, new_XD.mT @ (old_XD - new_XD)).mT
     turn_DD.diagonal().add_(1)
     return turn_DD
 
