@@ -25,8 +25,6 @@ from gemwright.adopt import (
     GELU_OF_SILU,
     POST_NORMS,
     AdoptError,
-    Llama,
-    LlamaLayer,
     adopted_config,
     adopted_tensor,
     adopted_tensors,
@@ -35,6 +33,7 @@ from gemwright.adopt import (
     read_text,
 )
 from gemwright.config import GLOBAL, LOCAL, ModelConfig
+from gemwright.llama import Llama, LlamaLayer
 
 T = 24
 RAW: dict[str, Any] = {

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import gemwright
 from gemwright import bundled
 from gemwright.adopt import adopted_config
-from gemwright.delta import PARTS, healed
+from gemwright.delta import PARTS, SHIFT, healed
 from gemwright.gguf import Gguf
 
 needs_base = pytest.mark.skipif(
@@ -65,8 +65,10 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
     name = "model.layers.3.self_attn.o_proj"
     with safe_open(DELTA, framework="pt") as file:
         want = healed(source.tensor(f"{name}.weight"), {part: file.get_tensor(f"{name}.{part}") for part in PARTS})
+        table = source.tensor("model.embed_tokens.weight") + file.get_tensor(SHIFT)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor(f"{name}.weight"), want.bfloat16())
+        assert torch.equal(file.get_tensor("model.embed_tokens.weight"), table.bfloat16())
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     answer = lm.generate(chat, temperature=0, repetition_penalty=1.0, max_new_tokens=40)

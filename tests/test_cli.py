@@ -17,11 +17,12 @@ import torch
 
 import gemwright
 from gemwright import cli
-from gemwright.adopt import Llama, adopt, adopted_config, calibrate
+from gemwright.adopt import adopt, adopted_config, calibrate
 from gemwright.checkpoint import Checkpoint, write
 from gemwright.cli import info
 from gemwright.cli.options import Loading, Sampling
 from gemwright.config import ModelConfig
+from gemwright.llama import Llama
 from gemwright.lm import LM
 from gemwright.sampling import SamplingParams
 from gemwright.tokenizer import Tokenizer

@@ -28,10 +28,11 @@ from data import rows, write_rows
 from tqdm import tqdm
 
 import gemwright
-from gemwright.adopt import Llama, adopted_config
+from gemwright.adopt import adopted_config
 from gemwright.bundled import base_path, build
 from gemwright.generate import pad
 from gemwright.gguf import Gguf
+from gemwright.llama import Llama
 from gemwright.lm import LM
 from gemwright.ops.attention_blocked import blocked
 from gemwright.ops.loss import linear_logprob

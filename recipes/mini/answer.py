@@ -22,9 +22,10 @@ from data import SPLITS, rows, tokenizer, write_tokens
 from pairs import Turns
 from sample import Clock, degenerate, sample
 
-from gemwright.adopt import Llama, adopted_config
+from gemwright.adopt import adopted_config
 from gemwright.bundled import base_path
 from gemwright.gguf import Gguf
+from gemwright.llama import Llama
 from gemwright.ops.attention_blocked import blocked
 
 NEW_TOKENS = 256

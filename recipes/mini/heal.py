@@ -45,12 +45,14 @@ from sample import END, Clock, sample
 from student import Loaded, Student, adopted, load_delta, save_delta
 from torch import Tensor
 
-from gemwright.adopt import Llama, adopted_config
+from gemwright.adopt import adopted_config
 from gemwright.bundled import base_path
 from gemwright.engine.engine import Engine
 from gemwright.engine.rollout import rollout as engine_rollout
 from gemwright.engine.rollout import twin
 from gemwright.gguf import Gguf
+from gemwright.llama import Llama
+from gemwright.lowering import lowering
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
 from gemwright.ops.cpu import has_fast_bf16, keep_memory
@@ -352,7 +354,8 @@ def build(args: argparse.Namespace) -> Pair:
     exact = Llama(source, config, torch.float32, device, BACKENDS["blocked"].load())
     pieces_of_text = pieces(args.data, "train", turns, ((256, 1.0),), seed=7)[: args.calibration]
     calibration = [piece.tolist() for piece in pieces_of_text if len(piece) == 256]
-    weights = adopted(source, exact, torch.tensor(calibration, device=device))
+    calibration_BT = torch.tensor(calibration, device=device)
+    weights = adopted(source, exact, calibration_BT)
     llama = Llama(source, config, dtype, device, BACKENDS[backend].load())
     with torch.device("meta"):
         model = Gemma2(config, Attention(train=backend, prefill="blocked", decode="blocked"))
@@ -361,20 +364,13 @@ def build(args: argparse.Namespace) -> Pair:
     student = Student(model, weights, None if args.factored > 0 else args.rank)
     if args.start:
         student.start(load_delta(args.start))
-    if args.lower:
-        student.lower(some_text(args.data, turns).to(device), args.lower)
+    elif student.rank is None and (lower := lowering(exact, calibration_BT)):
+        student.lower(lower)
     student.write()
     if args.compile:
         llama.compile()
         compile_blocks(model)
     return Pair(student, llama, turns, device)
-
-
-def some_text(folder: Path, turns: Turns, length: int = 512) -> Tensor:
-    """Rows [B, T] of prose and of chats for a fit."""
-    prose = pieces(folder, "train", turns, ((length, 1.0),), seed=7)
-    found = [[d for d in documents if len(d) >= length][:16] for documents in (prose, chats(folder, "train"))]
-    return torch.tensor(np.stack([d[:length] for documents in found for d in documents]).astype(np.int64))
 
 
 def arguments() -> argparse.Namespace:
@@ -384,7 +380,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run (train); an interrupted run resumes")
     parser.add_argument("--minutes", type=float, default=60, help="length of the run in wall-clock minutes")
     parser.add_argument("--start", type=Path, help="delta that the run begins from; without it the adopted model")
-    parser.add_argument("--lower", type=float, default=0, help="what is taken off all logits before the run begins")
     parser.add_argument("--delta", type=Path, help="evaluate this delta; without it the adopted model as it is")
     parser.add_argument(
         "--factored",

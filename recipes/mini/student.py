@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemwright.adopt import Llama, adopted_tensors, calibrate
+from gemwright.adopt import adopted_tensors, calibrate
 from gemwright.bundled import delta_metadata
 from gemwright.delta import PARTS, SHIFT, compress, healed, leading, on_grid, packed
 from gemwright.gguf import Gguf
+from gemwright.llama import Llama
+from gemwright.lowering import Lowering
 from gemwright.model import Gemma2
 
 SPEEDS = {"weight": 2.0, "lora_A": 5.0, "lora_B": 1.0, "update": 4.0}
@@ -50,7 +51,7 @@ class Loaded:
 
 
 def adopted(source: Loaded, llama: Llama, calibration_BT: Tensor) -> dict[str, Tensor]:
-    """The adopted weights, as `gemwright adopt` makes them, by name."""
+    """The adopted weights by name, as `gemwright adopt` makes them, but for their lowering."""
     return dict(adopted_tensors(source, llama.config, calibrate(llama, calibration_BT)))
 
 
@@ -133,45 +134,15 @@ class Student:
         self.model.model.embed_tokens.weight.copy_(self.table_VD + shift_D)
 
     @torch.no_grad()
-    def lower(self, tokens_BT: Tensor, by: float) -> None:
-        """Take about `by` off all logits alike, which softmax does not see and the cap does.
-
-        One vector, added to each row of the tied embedding, adds its product with the hidden state to all logits of a
-        token; it is the small one whose products are nearly -by. What the first layer now reads differs by a constant:
-        its linears are fitted, by least squares, to give what they gave.
-        """
+    def lower(self, lowering: Lowering) -> None:
+        """Begin a full run with logits that the cap leaves alone."""
         assert self.rank is None
-        first = self.model.model.layers[0]
-        reads = {
-            "input_layernorm": ("q_proj", "k_proj", "v_proj"),
-            "pre_feedforward_layernorm": ("gate_proj", "up_proj"),
-        }
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            first.get_submodule(norm).register_forward_hook(partial(_keep, seen, norm)) for norm in reads
-        ]  # fmt: skip
-
-        def read() -> Tensor:
-            self.write()
-            pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-            hidden_BTD: Tensor = self.model(tokens_BT, pos_BT)
-            return hidden_BTD[:, 1:].flatten(0, 1).float()
-
-        hidden_XD = read()
-        before = dict(seen)
-        moment_DD = hidden_XD.mT @ hidden_XD / len(hidden_XD)
-        moment_DD.diagonal().add_(moment_DD.diagonal().mean())
-        self.shift_to(self.shift_D + torch.linalg.solve(moment_DD, -by * hidden_XD.mean(0)))
-        for norm, linears in reads.items():
-            read()
-            turn_DD = turned(seen[norm], before[norm])
-            for kind in self.base:
-                if kind.split(".")[-2] in linears:
-                    update, size = (x[f"{kind.removesuffix('.weight')}.update"] for x in (self.trained, self.sizes))
-                    whole_OD = self.base[kind][0] + update[0] * size[0]
-                    update[0] = (whole_OD @ turn_DD - self.base[kind][0]) / size[0]
-        for hook in hooks:
-            hook.remove()
+        self.shift_to(lowering.shift_D)
+        for kind, names in self.kinds.items():
+            for layer, name in enumerate(names):
+                if name in lowering.turns:
+                    update, base = f"{kind.removesuffix('.weight')}.update", self.base[kind][layer]
+                    self.trained[update][layer] = (lowering.apply(name, base) - base) / self.sizes[update][layer]
 
     def watch(self) -> None:
         """From here on `collect` adds up the second moments of the linears' gradients by outputs and by inputs."""
@@ -273,19 +244,6 @@ class Student:
                     leaf.copy_(delta[name])
                 else:
                     leaf.copy_(healed(base.cpu(), parts(delta, name)))
-
-
-def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, out: Tensor) -> None:
-    seen[name] = out[:, 1:].flatten(0, 1).float()
-
-
-def turned(new_XD: Tensor, old_XD: Tensor) -> Tensor:
-    """The matrix nearest to the identity that makes the old vectors of the new ones, by least squares."""
-    moment_DD = new_XD.mT @ new_XD
-    moment_DD.diagonal().add_(1e-4 * moment_DD.diagonal().mean())
-    turn_DD: Tensor = torch.linalg.solve(moment_DD, new_XD.mT @ (old_XD - new_XD)).mT
-    turn_DD.diagonal().add_(1)
-    return turn_DD
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,115 @@
+"""Lowering: what softmax does not see, and what the first layer reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemwright.adopt import adopted_config, adopted_tensors
+from gemwright.config import ModelConfig
+from gemwright.llama import EMBEDDING, Llama, LlamaLayer
+from gemwright.lowering import Lowering, lowering
+
+CONFIG = adopted_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+class Weights:
+    """A Llama whose hidden states have a large mean: logits of a token lie together, far from zero."""
+
+    def __init__(self, config: ModelConfig, gain: float = 6.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.state: dict[str, Tensor] = {}
+        for name, shape in config.parameter_shapes().items():
+            if len(shape) == 1:
+                self.state[name] = torch.ones(shape)
+            else:
+                self.state[name] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        offset_D = torch.randn(config.hidden_size, generator=generator)
+        for i in range(config.num_hidden_layers):  # silu(x) x has a mean, so each layer adds the same offset
+            mlp = f"model.layers.{i}.mlp"
+            self.state[f"{mlp}.up_proj.weight"] = self.state[f"{mlp}.gate_proj.weight"].clone()
+            self.state[f"{mlp}.down_proj.weight"] *= 10
+            self.state[f"{mlp}.down_proj.weight"] += 0.3 * offset_D[:, None]
+        self.state[EMBEDDING] += 0.5 * offset_D / offset_D.norm()
+        self.state["model.norm.weight"] *= gain
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.state[name] if rows is None else self.state[name][rows]
+
+
+def text(seed: int) -> Tensor:
+    return torch.randint(300, (4, 200), generator=torch.Generator().manual_seed(seed))
+
+
+def read(llama: Llama) -> tuple[LlamaLayer, Tensor]:
+    """The first layer's record and the logits of unseen text."""
+    first, *_, hidden = llama.layers(text(1), torch.arange(200).expand(4, -1))
+    assert isinstance(first, LlamaLayer)
+    assert isinstance(hidden, Tensor)
+    return first, hidden @ llama.head.T
+
+
+def lowered(llama: Llama, lower: Lowering) -> Llama:
+    return llama.replaced({name: lower.apply(name, weight) for name, weight in llama.weights.items()})
+
+
+def test_the_cap_costs_less_and_nothing_else_is_lost() -> None:
+    llama = Llama(Weights(CONFIG), CONFIG)
+    lower = lowering(llama, text(0))
+    assert lower is not None
+    (first, plain), (other, shifted) = read(llama), read(lowered(llama, lower))
+    truth = plain.log_softmax(-1)
+
+    def kl(logits: Tensor) -> float:
+        return float((truth.exp() * (truth - logits.log_softmax(-1))).sum(-1).mean())
+
+    capped, capped_after = (kl(30 * torch.tanh(x / 30)) for x in (plain, shifted))
+    assert kl(shifted) < 0.2 * capped
+    assert capped_after < 0.3 * capped
+    assert 0 < float(shifted.amax(-1).median()) < 10 < float(plain.amax(-1).median())
+    for linear, field in (("self_attn.q_proj", "attention_in"), ("mlp.up_proj", "feedforward_in")):
+        name = f"model.layers.0.{linear}.weight"
+        was = getattr(first, field) @ llama.weights[name].T
+        now = getattr(other, field) @ lower.apply(name, llama.weights[name]).T
+        untouched = getattr(other, field) @ llama.weights[name].T
+        assert (now - was).norm() < 0.6 * (untouched - was).norm()
+
+
+def test_what_is_touched() -> None:
+    """Every row of the embedding by one vector, five linears of the first layer; an adopted model by the same."""
+    llama = Llama(Weights(CONFIG), CONFIG)
+    lower = lowering(llama, text(0))
+    assert lower is not None
+    plain = dict(adopted_tensors(Weights(CONFIG), CONFIG, {}))
+    found = dict(adopted_tensors(Weights(CONFIG), CONFIG, {}, lower))
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}
+    linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    assert changed == {EMBEDDING, *(f"model.layers.0.{linear}.weight" for linear in linears)}
+    torch.testing.assert_close(found[EMBEDDING] - plain[EMBEDDING], lower.shift_D.expand(300, -1), atol=1e-5, rtol=0)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    torch.testing.assert_close(found[name] * 1.702, llama.weights[name] @ lower.turns[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "gain"),
+    [(replace(CONFIG, final_logit_softcapping=None), 6.0), (CONFIG, 0.1)],
+    ids=["no cap", "small logits"],
+)
+def test_where_nothing_is_to_be_won_nothing_is_touched(config: ModelConfig, gain: float) -> None:
+    assert lowering(Llama(Weights(config, gain), config), text(0)) is None
