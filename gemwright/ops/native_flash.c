@@ -11,11 +11,13 @@
 
    Legend: B batch rows, T queries, S keys, N query heads, K key/value heads, H head dim. */
 
+#include <omp.h>
+
 #include "native_tiles.h"
 
 typedef struct {
     const void *q, *k, *v;         /* queries [B, T, N, H]; keys, values [B, S, K, H] */
-    const void *made, *attended;   /* backward: d out, and the output of the forward pass; else NULL */
+    const void *dout, *attended;   /* backward: d out, and the output of the forward pass; else NULL */
     void *out, *dk, *dv;           /* forward: the output; backward: gradients of q, k and v in their shapes */
     float *lse;                    /* [B, N, T]; -inf where a query sees nothing */
     const int32_t *q_pos, *k_pos;  /* [B, T], [B, S] */
@@ -41,6 +43,7 @@ typedef struct {
     i64 count, heads, padded;
     uint32_t *laid;    /* [B, heads, padded / 16, H / 2, 16]: pairs along H, by token */
     uint32_t *paired;  /* [B, heads, padded / 2, H]: pairs of tokens, along H */
+    int lacks;         /* memory was short */
 } Factor;
 
 /* Tokens of one side, per batch row, filled up with padding. */
@@ -279,6 +282,7 @@ static Factor factor(const void *x, i64 count, i64 heads, int laid, int paired, 
     i64 bytes = B * heads * f.padded * H * sizeof(uint16_t);
     f.laid = laid ? aligned_alloc(64, bytes) : NULL;
     f.paired = paired ? aligned_alloc(64, bytes) : NULL;
+    f.lacks = (laid && !f.laid) || (paired && !f.paired);
     return f;
 }
 /* Tile `at` of a factor, both forms. */
@@ -299,12 +303,16 @@ static void lay(const Factor *f, i64 at, i64 H)
 }
 static i64 tiles_of(const Factor *f, i64 B) { return f->laid || f->paired ? B * f->heads * (f->padded / SIDE) : 0; }
 
+static int held(const Side *s) { return s->pos && s->doc && s->spans; }
+
 static Side side(const int32_t *pos, const int32_t *doc, i64 count, i64 B)
 {
     Side s = {count, filled(count)};
     s.pos = malloc(B * s.padded * sizeof(int32_t));
     s.doc = calloc(B * s.padded, sizeof(int32_t));
     s.spans = malloc(B * (s.padded / SIDE) * sizeof(Span));
+    if (!held(&s))
+        return s;
     for (i64 b = 0; b < B; b++)
         for (i64 i = 0; i < s.padded; i++) {
             s.pos[b * s.padded + i] = i < count ? pos[b * count + i] : -1;
@@ -325,7 +333,7 @@ static void dots(const Flash *a, i64 padded, float *delta)
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (i64 h = 0; h < a->H; h++)
-            sum += get(a->made, row * a->H + h, 1) * get(a->attended, row * a->H + h, 1);
+            sum += get(a->dout, row * a->H + h, 1) * get(a->attended, row * a->H + h, 1);
         i64 n = row % a->N, t = row / a->N % a->T, b = row / a->N / a->T;
         delta[(b * a->N + n) * padded + t] = sum;
     }
@@ -353,7 +361,7 @@ static void write_rows(const float *sums, const float *by, i64 b, i64 start, i64
         }
 }
 
-typedef struct { Factor q, k, v, made; Side queries, keys; float *lse, *delta; } Parts;
+typedef struct { Factor q, k, v, dout; Side queries, keys; float *lse, *delta; } Parts;
 
 /* A job over 64 queries of one head: their output, or their gradient. */
 static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, i64 n, i64 start, uint16_t *rows,
@@ -364,7 +372,7 @@ static void job_of_queries(const Flash *a, const Parts *p, int backward, i64 b, 
     float total[ROWS * SIDE] = {0}, by[ROWS], most[ROWS] = {0};
     copy_rows(a->q, b, start, n, a->T, a->N, H, rows);
     if (backward)
-        copy_rows(a->made, b, start, n, a->T, a->N, H, rows + ROWS * H);
+        copy_rows(a->dout, b, start, n, a->T, a->N, H, rows + ROWS * H);
     memset(sums, 0, ROWS * H * sizeof(float));
     Sweep w = {
         .backward = backward, .H = H, .window = a->window, .scale = a->scale, .cap = a->cap, .first = rows,
@@ -406,9 +414,9 @@ static void job_of_keys(const Flash *a, const Parts *p, i64 b, i64 kv, i64 start
             .backward = 1, .rows_are_keys = 1, .H = H, .window = a->window, .scale = a->scale, .cap = a->cap,
             .first = rows, .second = rows + ROWS * H, .row_pos = p->keys.pos + at, .row_doc = p->keys.doc + at,
             .span = span_of(p->keys.pos + at, p->keys.doc + at, ROWS),
-            .laid_first = p->q.laid + z * tiles * (H / 2) * SIDE, .laid_second = p->made.laid + z * tiles * (H / 2) * SIDE,
+            .laid_first = p->q.laid + z * tiles * (H / 2) * SIDE, .laid_second = p->dout.laid + z * tiles * (H / 2) * SIDE,
             .paired_first = p->q.paired + z * p->queries.padded / 2 * H,
-            .paired_second = p->made.paired + z * p->queries.padded / 2 * H,
+            .paired_second = p->dout.paired + z * p->queries.padded / 2 * H,
             .pos = p->queries.pos + b * p->queries.padded, .doc = p->queries.doc + b * p->queries.padded,
             .shift = p->lse + z * p->queries.padded, .delta = p->delta + z * p->queries.padded,
             .spans = p->queries.spans + b * tiles, .columns = p->queries.padded, .of_slopes = sums,
@@ -420,24 +428,32 @@ static void job_of_keys(const Flash *a, const Parts *p, i64 b, i64 kv, i64 start
     write_rows(sums + ROWS * H, NULL, b, start, kv, a->S, a->K, H, a->dv);
 }
 
-/* Forward where `made` is NULL, else backward. Returns 0, and does nothing, where the tiles do not serve. */
+/* Forward where `dout` is NULL, else backward. Returns 1; 0, and does nothing, where the tiles do not serve; -1 where
+   memory is short. */
 int flash_attention(const Flash *a)
 {
-    int backward = a->made != NULL;
+    int backward = a->dout != NULL;
     i64 H = a->H, B = a->B;
     if (!tiles_allowed() || H % DEEP)
         return 0;
     Parts p = {
         .q = factor(a->q, a->T, a->N, backward, backward, B, H), .k = factor(a->k, a->S, a->K, 1, backward, B, H),
         .v = factor(a->v, a->S, a->K, backward, !backward, B, H),
-        .made = factor(a->made, a->T, a->N, backward, backward, B, H), .queries = side(a->q_pos, a->q_doc, a->T, B),
+        .dout = factor(a->dout, a->T, a->N, backward, backward, B, H), .queries = side(a->q_pos, a->q_doc, a->T, B),
         .keys = side(a->k_pos, a->k_doc, a->S, B),
     };
+    Factor *factors[] = {&p.q, &p.k, &p.v, &p.dout};
     p.lse = calloc(B * a->N * p.queries.padded, sizeof(float));
     p.delta = calloc(B * a->N * p.queries.padded, sizeof(float));
+    i64 of_thread = 2 * ROWS * H * (sizeof(uint16_t) + sizeof(float));
+    char *scratch = aligned_alloc(64, a->threads * of_thread);
+    int whole = p.lse && p.delta && scratch && held(&p.queries) && held(&p.keys);
+    for (int f = 0; f < 4; f++)
+        whole = whole && !factors[f]->lacks;
+    if (!whole)
+        goto end;
     for (i64 r = 0; backward && r < B * a->N; r++)
         memcpy(p.lse + r * p.queries.padded, a->lse + r * a->T, a->T * sizeof(float));
-    Factor *factors[] = {&p.q, &p.k, &p.v, &p.made};
     i64 of_queries = p.queries.padded / ROWS, of_keys = backward ? p.keys.padded / ROWS : 0;
 #pragma omp parallel num_threads(a->threads)
     {
@@ -450,8 +466,8 @@ int flash_attention(const Flash *a)
         if (backward)
             dots(a, p.queries.padded, p.delta);
         take_tiles();
-        uint16_t *rows = aligned_alloc(64, 2 * ROWS * H * sizeof(uint16_t));
-        float *sums = aligned_alloc(64, 2 * ROWS * H * sizeof(float));
+        float *sums = (float *)(scratch + omp_get_thread_num() * of_thread);
+        uint16_t *rows = (uint16_t *)(sums + 2 * ROWS * H);
         /* the last queries and the first keys take longest */
 #pragma omp for schedule(dynamic) nowait
         for (i64 job = 0; job < of_queries * B * a->N; job++)
@@ -460,13 +476,13 @@ int flash_attention(const Flash *a)
 #pragma omp for schedule(dynamic)
         for (i64 job = 0; job < of_keys * B * a->K; job++)
             job_of_keys(a, &p, job / a->K % B, job % a->K, job / a->K / B * ROWS, rows, sums);
-        free(rows), free(sums);
         _tile_release();
     }
+end:
     for (int f = 0; f < 4; f++)
         free(factors[f]->laid), free(factors[f]->paired);
-    drop(&p.queries), drop(&p.keys), free(p.lse), free(p.delta);
-    return 1;
+    drop(&p.queries), drop(&p.keys), free(p.lse), free(p.delta), free(scratch);
+    return whole ? 1 : -1;
 }
 
 #else

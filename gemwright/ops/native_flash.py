@@ -32,7 +32,7 @@ class _Flash(ctypes.Structure):
     """The struct of the same name in native_flash.c."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "made", "attended", "out", "dk", "dv", "lse")),
+        *((name, c_void_p) for name in ("q", "k", "v", "dout", "attended", "out", "dk", "dv", "lse")),
         *((name, c_void_p) for name in ("q_pos", "k_pos", "q_doc", "k_doc")),
         *((name, c_int64) for name in ("B", "T", "S", "N", "K", "H", "window")),
         *((name, c_float) for name in ("scale", "cap")),
@@ -79,8 +79,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        made = grads[0].contiguous()
-        _call(q, k, v, made, out, dq, dk, dv, lse, see=ctx.see, scale=ctx.scale, cap=ctx.cap)
+        tensors = {"dout": grads[0].contiguous(), "attended": out, "out": dq, "dk": dk, "dv": dv, "lse": lse}
+        _call(q, k, v, tensors, ctx.see, ctx.scale, ctx.cap)
         return dq, dk, dv, None, None, None
 
 
@@ -90,7 +90,7 @@ def _forward(
     """The output and the log-sum-exp of each query's scores, [B, N, T]; -inf where it sees nothing."""
     B, T, N, _ = q_BTNH.shape
     out_BTNH, lse_BNT = torch.empty_like(q_BTNH), q_BTNH.new_empty(B, N, T, dtype=torch.float32)
-    _call(q_BTNH, k_BSKH, v_BSKH, None, None, out_BTNH, None, None, lse_BNT, see=see, scale=scale, cap=cap)
+    _call(q_BTNH, k_BSKH, v_BSKH, {"out": out_BTNH, "lse": lse_BNT}, see, scale, cap)
     return out_BTNH, lse_BNT
 
 
@@ -98,30 +98,35 @@ def _call(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
     v_BSKH: Tensor,
-    *others: Tensor | None,
+    others: dict[str, Tensor],
     see: Visibility,
     scale: float,
     cap: float | None,
 ) -> None:
-    """`others` in the struct's order: d out, the output before it, what is written, and the log-sum-exp."""
+    """`others`: what else is read and what is written, by the names in the struct. MemoryError where that is short."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     assert k_BSKH.shape == v_BSKH.shape == (B, S, K, H) and N % K == 0, (q_BTNH.shape, k_BSKH.shape, v_BSKH.shape)
-    tensors = (q_BTNH, k_BSKH, v_BSKH, *others)
-    for x in tensors[:-1]:
-        assert x is None or (x.dtype is torch.bfloat16 and x.is_contiguous() and x.is_cpu), (x.dtype, x.stride())
+    tensors = {"q": q_BTNH, "k": k_BSKH, "v": v_BSKH, **others}
+    for name, x in tensors.items():
+        assert name == "lse" or (x.dtype is torch.bfloat16 and x.is_contiguous() and x.is_cpu), (x.dtype, x.stride())
     places = see.memo(("int32", B), lambda: _places(see, B))
-    for place, length in zip(places, (T, S, T, S), strict=True):
-        assert place is None or place.shape == (B, length), (place.shape, B, length)
+    for place, length in zip(places.values(), (T, S, T, S), strict=False):
+        assert place.shape == (B, length), (place.shape, B, length)
     call = _Flash(
-        *(None if x is None else x.data_ptr() for x in (*tensors, *places)),
-        B, T, S, N, K, H, ANY if see.window is None else see.window, scale, cap or 0.0, torch.get_num_threads(),
+        **{name: x.data_ptr() for name, x in {**tensors, **places}.items()},
+        B=B, T=T, S=S, N=N, K=K, H=H, window=ANY if see.window is None else see.window, scale=scale, cap=cap or 0.0,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
-    assert native.kernels().flash_attention(ctypes.addressof(call)), "there are no matrix tiles here"
+    done = native.kernels().flash_attention(ctypes.addressof(call))
+    assert done, "there are no matrix tiles here"
+    if done < 0:
+        raise MemoryError(f"attention of {T} queries over {S} keys: no memory for its copies")
 
 
-def _places(see: Visibility, rows: int) -> tuple[Tensor | None, ...]:
+def _places(see: Visibility, rows: int) -> dict[str, Tensor]:
     """Positions and documents as the kernel reads them, for each row; documents on both sides or on none."""
-    docs = (see.q_doc_BT, see.k_doc_BS) if see.q_doc_BT is not None and see.k_doc_BS is not None else (None, None)
-    found = (see.q_pos_BT, see.k_pos_BS, *docs)
-    return tuple(None if x is None else x.to(torch.int32).expand(rows, -1).contiguous() for x in found)
+    found = {"q_pos": see.q_pos_BT, "k_pos": see.k_pos_BS}
+    if see.q_doc_BT is not None and see.k_doc_BS is not None:
+        found |= {"q_doc": see.q_doc_BT, "k_doc": see.k_doc_BS}
+    return {name: x.to(torch.int32).expand(rows, -1).contiguous() for name, x in found.items()}
