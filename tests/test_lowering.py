@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemwright.adopt import adopted_config, adopted_tensors
@@ -103,7 +105,21 @@ def test_what_is_touched() -> None:
     assert changed == {EMBEDDING, *(f"model.layers.0.{linear}.weight" for linear in linears)}
     torch.testing.assert_close(found[EMBEDDING] - plain[EMBEDDING], lower.shift_D.expand(300, -1), atol=1e-5, rtol=0)
     name = "model.layers.0.mlp.gate_proj.weight"
-    torch.testing.assert_close(found[name] * 1.702, llama.weights[name] @ lower.turns[name], atol=1e-5, rtol=1e-5)
+    turn = lower.turns["feedforward_in"]
+    turn_DD = turn.scale * torch.eye(32) + turn.left_Dr @ turn.right_rD
+    torch.testing.assert_close(found[name] * 1.702, llama.weights[name] @ turn_DD, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_holds_it(tmp_path: Path) -> None:
+    llama = Llama(Weights(CONFIG), CONFIG)
+    lower = lowering(llama, text(0))
+    assert lower is not None
+    save_file(lower.state(), tmp_path / "lower.safetensors")
+    again = Lowering.of(load_file(tmp_path / "lower.safetensors"))
+    assert again is not None
+    for name, weight in llama.weights.items():
+        assert torch.equal(again.apply(name, weight), lower.apply(name, weight))
+    assert Lowering.of({"model.norm.weight": torch.ones(32)}) is None
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from gemwright.cli.options import File, Flag
 class Options:
     """Put a Llama-style model into the Gemma 2 architecture, as a Hugging Face folder in bfloat16.
 
-    Linears, embedding and the norms in front of sub-layers carry over exactly; the new norms behind them get the gain
-    that the source's outputs have on a calibration text. The result is a start, not yet a good model: the activation
-    and the new norms cost about 2 nats a token until it is healed by training (recipes/mini does that).
+    Linears, embedding and the norms in front of sub-layers carry over; the new norms behind them get the gain that the
+    source's outputs have on a calibration text, and logits are lowered to where the final cap leaves them alone. The
+    result is a start, not yet a good model: the new norms cost over a nat a token until it is healed by training
+    (recipes/mini does that).
 
     For example:
 
@@ -33,7 +34,7 @@ class Options:
     out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="")]
     """Folder to write."""
     calibration: File = None
-    """Text file to measure the new norms on; default: a page of plain English prose."""
+    """Text file to measure norms and logits on; default: a page of plain English prose."""
     overwrite: Flag = False
     """Replace the checkpoint that is at OUT."""
     json: Flag = False

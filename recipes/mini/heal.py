@@ -12,7 +12,7 @@ student answers prompts itself at temperature 1, and these documents take part f
 (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
 Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds,
-rounded to its 4 bits in every step.
+rounded to its 8 and 4 bits in every step.
 
 The rate follows the wall clock (warm-up, then a linear decay to 0), so that a run fits its time; compilation comes
 before. `state.safetensors` is written now and then, and a run that finds one goes on from there.
@@ -52,7 +52,7 @@ from gemwright.engine.rollout import rollout as engine_rollout
 from gemwright.engine.rollout import twin
 from gemwright.gguf import Gguf
 from gemwright.llama import Llama
-from gemwright.lowering import lowering
+from gemwright.lowering import Lowering, lowering
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
 from gemwright.ops.cpu import has_fast_bf16, keep_memory
@@ -309,7 +309,7 @@ class Run:
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
-        state = {"shift": self.pair.student.shift_D}
+        state = {} if self.pair.student.lowering is None else self.pair.student.lowering.state()
         for name, parameter in self.pair.student.trained.items():
             kept = self.optimizer.state[parameter]
             state |= {f"value/{name}": parameter.detach(), f"size/{name}": self.pair.student.sizes[name]}
@@ -325,10 +325,13 @@ class Run:
             return
         with safe_open(path, framework="pt", device=str(self.pair.device)) as file:
             counts, student = file.metadata(), self.pair.student
-            if student.rank is None and any(name.endswith("lora_A") for name in file.keys()):  # noqa: SIM118
+            factors = [name for name in file.keys() if name.startswith("value/") and name.endswith("lora_A")]  # noqa: SIM118
+            if factors and (rank := file.get_slice(factors[0]).get_shape()[1]) != self.args.rank:
+                sys.exit(f"--rank: got {self.args.rank}, the run in {self.out} has factors of rank {rank}")
+            if factors and student.rank is None:
                 student.factor(self.args.rank)
                 self.begin()
-            student.shift_to(file.get_tensor("shift"))
+            student.lower(Lowering.of({name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
             for name, parameter in student.trained.items():
                 parameter.data.copy_(file.get_tensor(f"value/{name}"))
                 student.sizes[name] = file.get_tensor(f"size/{name}")
@@ -364,8 +367,8 @@ def build(args: argparse.Namespace) -> Pair:
     student = Student(model, weights, None if args.factored > 0 else args.rank)
     if args.start:
         student.start(load_delta(args.start))
-    elif student.rank is None and (lower := lowering(exact, calibration_BT)):
-        student.lower(lower)
+    else:
+        student.lower(lowering(exact, calibration_BT))
     student.write()
     if args.compile:
         llama.compile()
@@ -387,7 +390,7 @@ def arguments() -> argparse.Namespace:
         default=FACTORED,
         help="progress at which updates become factors; 0: they are from the start",
     )
-    parser.add_argument("--rank", type=int, default=104, help="of the delta's updates")
+    parser.add_argument("--rank", type=int, default=94, help="of the delta's updates")
     parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from gemwright.adopt import adopted_tensors, calibrate
 from gemwright.bundled import delta_metadata
-from gemwright.delta import PARTS, SHIFT, compress, healed, leading, on_grid, packed
+from gemwright.delta import compress, healed, leading, on_grid, packed, parts
 from gemwright.gguf import Gguf
-from gemwright.llama import Llama
+from gemwright.llama import EMBEDDING, Llama
 from gemwright.lowering import Lowering
 from gemwright.model import Gemma2
 
@@ -66,14 +66,14 @@ class Student:
 
     def __init__(self, model: Gemma2, weights: dict[str, Tensor], rank: int | None) -> None:
         self.model, self.rank, self.speeds = model, rank, SPEEDS
-        self.table_VD = weights["model.embed_tokens.weight"]
-        self.shift_to(torch.zeros_like(self.table_VD[0]))
+        self.weights, self.device = weights, model.lm_head.weight.device
         model.model.embed_tokens.weight.requires_grad_(False)
         self.kinds: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
             if name != "lm_head.weight" and "embed_tokens" not in name:
                 self.kinds.setdefault(re.sub(r"layers\.\d+\.", "", name), []).append(name)
         self.base = {kind: torch.stack([weights[name] for name in names]) for kind, names in self.kinds.items()}
+        self.lower(None)
         self.written: dict[str, Tensor] = {}
         self.leaves: dict[str, list[nn.Parameter]] = {}
         self.sizes: dict[str, Tensor] = {}
@@ -110,39 +110,30 @@ class Student:
             self._train(f"{stem}.lora_B", base.new_zeros(L, O, self.rank), base.new_tensor(1.0))
 
     @torch.no_grad()
+    def lower(self, lowering: Lowering | None) -> None:
+        """Take the adopted weights through a lowering, or through none; updates are relative to what comes of it."""
+        self.lowering = lowering
+        touched = dict(self.weights) if lowering is None else {n: lowering.apply(n, w) for n, w in self.weights.items()}
+        self.model.model.embed_tokens.weight.copy_(touched[EMBEDDING])
+        for kind, names in self.kinds.items():
+            self.base[kind].copy_(torch.stack([touched[name] for name in names]))
+
+    @torch.no_grad()
     def start(self, delta: Mapping[str, Tensor]) -> None:
         """Begin a full run from a delta that was trained before."""
         assert self.rank is None
-        if SHIFT in delta:
-            self.shift_to(delta[SHIFT].to(self.shift_D.device))
+        self.lower(Lowering.of(on(delta, self.device)))
         for kind, names in self.kinds.items():
             base, stem = self.base[kind], kind.removesuffix(".weight")
             if base.dim() == 2:
-                value, trained = 1 + torch.stack([delta[name] for name in names]).to(base.device), kind
+                value, trained = 1 + torch.stack([delta[name] for name in names]), kind
             else:
                 updates = [healed(torch.zeros(()), parts(delta, name)) for name in names]
-                value, trained = torch.stack(updates).to(base.device), f"{stem}.update"
-            self.trained[trained].copy_(value / self.sizes[trained])
+                value, trained = torch.stack(updates), f"{stem}.update"
+            self.trained[trained].copy_(value.to(self.device) / self.sizes[trained])
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
-
-    @torch.no_grad()
-    def shift_to(self, shift_D: Tensor) -> None:
-        """Make the embedding the source's plus this vector."""
-        self.shift_D = shift_D
-        self.model.model.embed_tokens.weight.copy_(self.table_VD + shift_D)
-
-    @torch.no_grad()
-    def lower(self, lowering: Lowering) -> None:
-        """Begin a full run with logits that the cap leaves alone."""
-        assert self.rank is None
-        self.shift_to(lowering.shift_D)
-        for kind, names in self.kinds.items():
-            for layer, name in enumerate(names):
-                if name in lowering.turns:
-                    update, base = f"{kind.removesuffix('.weight')}.update", self.base[kind][layer]
-                    self.trained[update][layer] = (lowering.apply(name, base) - base) / self.sizes[update][layer]
 
     def watch(self) -> None:
         """From here on `collect` adds up the second moments of the linears' gradients by outputs and by inputs."""
@@ -221,7 +212,7 @@ class Student:
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
         """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in 4 bits, as trained where factored."""
-        state = {SHIFT: self.shift_D}
+        state = {} if self.lowering is None else self.lowering.state()
         for kind, names in self.kinds.items():
             if self.base[kind].dim() == 2:
                 state |= dict(zip(names, self._weight(kind), strict=True))
@@ -237,13 +228,13 @@ class Student:
     @torch.no_grad()
     def load(self, delta: Mapping[str, Tensor]) -> None:
         """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
-        self.shift_to(delta.get(SHIFT, torch.zeros_like(self.shift_D)).to(self.shift_D.device))
+        self.lower(Lowering.of(on(delta, self.device)))
         for kind, names in self.kinds.items():
             for name, base, leaf in zip(names, self.base[kind], self.leaves[kind], strict=True):
                 if name in delta:
                     leaf.copy_(delta[name])
                 else:
-                    leaf.copy_(healed(base.cpu(), parts(delta, name)))
+                    leaf.copy_(healed(base, on(parts(delta, name), self.device)))
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,9 +261,9 @@ def root(moment_LXX: Tensor) -> Tensor:
     return root_LXX
 
 
-def parts(delta: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Of the update of a linear's weight `name`."""
-    return {part: delta[f"{name.removesuffix('.weight')}.{part}"] for part in PARTS}
+def on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def save_delta(path: Path, delta: dict[str, Tensor], rank: int) -> None:
