@@ -96,7 +96,7 @@ def lowering(llama: Llama, tokens_BT: Tensor) -> Lowering | None:
     cap = llama.config.final_logit_softcapping
     if cap is None:
         return None
-    first, hidden_XD = _ends(llama, tokens_BT)
+    first, hidden_XD = _first_layer(llama, tokens_BT), _hidden(llama, tokens_BT)
     every = max(1, len(hidden_XD) // MEASURED)
     picked_XD = hidden_XD[::every]
     largest_X = torch.cat([(part_XD @ llama.head.T).amax(-1) for part_XD in torch.split(picked_XD, 32)])
@@ -107,26 +107,26 @@ def lowering(llama: Llama, tokens_BT: Tensor) -> Lowering | None:
     lower = Lowering(shift_D, {})
     other = llama.replaced({EMBEDDING: lower.apply(EMBEDDING, llama.head)})
     for reads in FIRST_READS:
-        lower.turns[reads] = _turn(getattr(_ends(other, tokens_BT)[0], reads), getattr(first, reads))
+        lower.turns[reads] = _turn(getattr(_first_layer(other, tokens_BT), reads), getattr(first, reads))
         other = other.replaced({name: lower.apply(name, llama.weights[name]) for name in _first(reads)})
-    lowered_XD = _ends(other, tokens_BT)[1][::every]
-    before, after = (
-        _cost(picked_XD, llama.head, h_XD, head_VD, cap)
-        for h_XD, head_VD in ((picked_XD, llama.head), (lowered_XD, other.head))
-    )
+    before = _cost(picked_XD, llama.head, picked_XD, llama.head, cap)
+    after = _cost(picked_XD, llama.head, _hidden(other, tokens_BT)[::every], other.head, cap)
     return lower if after < before / 2 else None
 
 
-def _ends(llama: Llama, tokens_BT: Tensor) -> tuple[LlamaLayer, Tensor]:
-    """The first layer's record and the final hidden states, [X, D] each, without the first position."""
-    pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    layers = llama.layers(tokens_BT, pos_BT)
-    first = last = next(layers)
-    for last in layers:  # noqa: B007
-        pass
-    assert isinstance(first, LlamaLayer)
-    assert isinstance(last, Tensor)
-    return LlamaLayer(*(x[:, 1:].flatten(0, 1) for x in vars(first).values())), last[:, 1:].flatten(0, 1)
+def _positions(tokens_BT: Tensor) -> Tensor:
+    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+
+
+def _first_layer(llama: Llama, tokens_BT: Tensor) -> LlamaLayer:
+    """The first layer's record, [X, D] each, without the first position."""
+    first = next(llama.layers(tokens_BT, _positions(tokens_BT)))
+    return LlamaLayer(*(x[:, 1:].flatten(0, 1) for x in vars(first).values()))
+
+
+def _hidden(llama: Llama, tokens_BT: Tensor) -> Tensor:
+    """The final hidden states, [X, D], without the first position, which is the attention sink's."""
+    return llama(tokens_BT, _positions(tokens_BT))[:, 1:].flatten(0, 1)
 
 
 def _damped(moment_DD: Tensor, share: float) -> Tensor:
