@@ -109,9 +109,7 @@ def calibrate(llama: Llama, tokens_BT: Tensor) -> dict[str, Tensor]:
     """
     D = llama.config.hidden_size
     weights = {}
-    for i, layer in enumerate(
-        llama.layers(tokens_BT, torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT))
-    ):
+    for i, layer in enumerate(llama.layers(tokens_BT)):
         if isinstance(layer, LlamaLayer):
             for norm, out_BTD in zip(POST_NORMS, (layer.attention_out, layer.feedforward_out), strict=True):
                 rms = out_BTD[:, 1:].float().square().mean(-1).sqrt().median()

@@ -46,8 +46,13 @@ def steps(x_rn: Tensor, most: int) -> Tensor:
     return size_r1 * torch.tensor(STEPS[most], device=x_rn.device)[torch.cat(tried_rk, -1).argmin(-1, keepdim=True)]
 
 
+def _codes(x_rn: Tensor, step_r1: Tensor, most: int) -> Tensor:
+    """The nearest whole numbers on a grid, from -most to most."""
+    return (x_rn / step_r1).round_().clamp_(-most, most)
+
+
 def _round(x_rn: Tensor, step_r1: Tensor, most: int) -> Tensor:
-    return (x_rn / step_r1).round_().clamp_(-most, most).mul_(step_r1)
+    return _codes(x_rn, step_r1, most).mul_(step_r1)
 
 
 def _parted(x_rn: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
@@ -75,11 +80,10 @@ def packed(a_rI: Tensor, b_rO: Tensor) -> dict[str, Tensor]:
     for letter, side, x_rn in (("A", "in", a_rI), ("B", "out", b_rO)):
         if x_rn.shape[-1] % 2:
             raise ValueError(f"{side}: got {x_rn.shape[-1]} features, allowed is an even number")
-        (lead, _), (rest, _) = both = _parted(x_rn)
-        lead_step, rest_step = (steps(part, most) for part, most in both)
-        codes[f"lead_{letter}"] = (lead / lead_step).round().clamp(-127, 127).to(torch.int8)
-        codes[f"lora_{letter}"] = _bytes(rest / rest_step)
-        sizes.append(torch.cat([lead_step, rest_step])[:, 0])
+        grids = [(part, steps(part, most), most) for part, most in _parted(x_rn)]
+        lead_rn, rest_rn = (_codes(*grid) for grid in grids)
+        codes |= {f"lead_{letter}": lead_rn.to(torch.int8), f"lora_{letter}": _bytes(rest_rn)}
+        sizes.append(torch.cat([step_r1 for _, step_r1, _ in grids])[:, 0])
     return {**codes, "scale": sizes[0] * sizes[1]}
 
 
@@ -89,20 +93,20 @@ def parts(delta: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {part: delta[stem + part] for part in PARTS if stem + part in delta}
 
 
-def healed(weight_OI: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """An adopted linear's weight with its update, in fp32."""
-    a, b = parts["lora_A"], parts["lora_B"]
+def healed(weight_OI: Tensor, update: Mapping[str, Tensor]) -> Tensor:
+    """An adopted linear's weight with the parts of its update, in fp32."""
+    a, b = update["lora_A"], update["lora_B"]
     if a.dtype is torch.int8:
         a_rI, b_rO = a.float(), b.float().mT
     else:
-        a_rI, b_rO = (torch.cat([parts[f"lead_{x}"].float(), _numbers(parts[f"lora_{x}"])]) for x in "AB")
-    return weight_OI.float() + (b_rO.mT * parts["scale"]) @ a_rI
+        a_rI, b_rO = (torch.cat([update[f"lead_{x}"].float(), _numbers(update[f"lora_{x}"])]) for x in "AB")
+    return weight_OI.float() + (b_rO.mT * update["scale"]) @ a_rI
 
 
-def _bytes(x_rn: Tensor) -> Tensor:
-    """Numbers on a grid of step 1 as bytes [r, n / 2], the first of two in the lower half, 8 added to each."""
-    codes_rn = (x_rn.round().clamp(-7, 7) + 8).to(torch.uint8)
-    return codes_rn[:, ::2] | codes_rn[:, 1::2] << 4
+def _bytes(codes_rn: Tensor) -> Tensor:
+    """Whole numbers from -7 to 7 as bytes [r, n / 2], the first of two in the lower half, 8 added to each."""
+    halves_rn = (codes_rn + 8).to(torch.uint8)
+    return halves_rn[:, ::2] | halves_rn[:, 1::2] << 4
 
 
 def _numbers(bytes_rn: Tensor) -> Tensor:

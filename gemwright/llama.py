@@ -122,10 +122,15 @@ class Llama:
         self._before, self._after = (torch.compile(f, dynamic=False) for f in (before_attention, after_attention))
 
     def layers(
-        self, tokens_BT: Tensor, pos_BT: Tensor, doc_BT: Tensor | None = None, cache: Cache | None = None
+        self, tokens_BT: Tensor, pos_BT: Tensor | None = None, doc_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Iterator[LlamaLayer | Tensor]:
-        """Each layer's record in turn, then the final hidden states [B, T, D]; arguments as of `Gemma2.forward`."""
+        """Each layer's record in turn, then the final hidden states [B, T, D]; arguments as of `Gemma2.forward`.
+
+        Without positions each row is one text from its beginning.
+        """
         c = self.config
+        if pos_BT is None:
+            pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         see = Visibility(pos_BT, pos_BT if cache is None else cache.advance(pos_BT)[1], doc_BT, doc_BT)
         tables = rope_tables(pos_BT, c.head_dim, c.rope_theta)
         attend = (cache.attend if cache is not None else None) or self.attend
@@ -141,7 +146,7 @@ class Llama:
         yield llama_norm(x, self.weights["model.norm.weight"], c.rms_norm_eps)
 
     def __call__(
-        self, tokens_BT: Tensor, pos_BT: Tensor, doc_BT: Tensor | None = None, cache: Cache | None = None
+        self, tokens_BT: Tensor, pos_BT: Tensor | None = None, doc_BT: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The final hidden states [B, T, D] alone; no layer's record outlives it."""
         last = None

@@ -30,6 +30,7 @@ FIRST_READS: Final = {
 TURN_RANK: Final = 8
 """Of what a turn adds to a scale: on SmolLM2-135M 4 are as good as all."""
 STATE: Final = "lowering"
+"""What the names of its tensors begin with, in a file."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,15 @@ def lowering(llama: Llama, tokens_BT: Tensor) -> Lowering | None:
     return lower if after < before / 2 else None
 
 
-def _positions(tokens_BT: Tensor) -> Tensor:
-    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-
-
 def _first_layer(llama: Llama, tokens_BT: Tensor) -> LlamaLayer:
     """The first layer's record, [X, D] each, without the first position."""
-    first = next(llama.layers(tokens_BT, _positions(tokens_BT)))
+    first = next(llama.layers(tokens_BT))
     return LlamaLayer(*(x[:, 1:].flatten(0, 1) for x in vars(first).values()))
 
 
 def _hidden(llama: Llama, tokens_BT: Tensor) -> Tensor:
     """The final hidden states, [X, D], without the first position, which is the attention sink's."""
-    return llama(tokens_BT, _positions(tokens_BT))[:, 1:].flatten(0, 1)
+    return llama(tokens_BT)[:, 1:].flatten(0, 1)
 
 
 def _damped(moment_DD: Tensor, share: float) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from adopt_fixtures import Weights
 from oracle import oracle_logits, ours, positions, relative, tokens
 from tokenizers.models import BPE
 from torch import Tensor, nn
@@ -53,16 +54,6 @@ RAW: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-
-
-class Weights:
-    """A `Source` over a state dict."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
-
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.state[name] if rows is None else self.state[name][rows]
 
 
 @pytest.fixture(scope="module")

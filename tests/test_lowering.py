@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adopt_fixtures import Weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,28 +32,24 @@ CONFIG = adopted_config(
 )
 
 
-class Weights:
+def source(config: ModelConfig = CONFIG, gain: float = 6.0) -> Weights:
     """A Llama whose hidden states have a large mean: logits of a token lie together, far from zero."""
-
-    def __init__(self, config: ModelConfig, gain: float = 6.0) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.state: dict[str, Tensor] = {}
-        for name, shape in config.parameter_shapes().items():
-            if len(shape) == 1:
-                self.state[name] = torch.ones(shape)
-            else:
-                self.state[name] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-        offset_D = torch.randn(config.hidden_size, generator=generator)
-        for i in range(config.num_hidden_layers):  # silu(x) x has a mean, so each layer adds the same offset
-            mlp = f"model.layers.{i}.mlp"
-            self.state[f"{mlp}.up_proj.weight"] = self.state[f"{mlp}.gate_proj.weight"].clone()
-            self.state[f"{mlp}.down_proj.weight"] *= 10
-            self.state[f"{mlp}.down_proj.weight"] += 0.3 * offset_D[:, None]
-        self.state[EMBEDDING] += 0.5 * offset_D / offset_D.norm()
-        self.state["model.norm.weight"] *= gain
-
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.state[name] if rows is None else self.state[name][rows]
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    for name, shape in config.parameter_shapes().items():
+        if len(shape) == 1:
+            state[name] = torch.ones(shape)
+        else:
+            state[name] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    offset_D = torch.randn(config.hidden_size, generator=generator)
+    for i in range(config.num_hidden_layers):  # silu(x) x has a mean, so each layer adds the same offset
+        mlp = f"model.layers.{i}.mlp"
+        state[f"{mlp}.up_proj.weight"] = state[f"{mlp}.gate_proj.weight"].clone()
+        state[f"{mlp}.down_proj.weight"] *= 10
+        state[f"{mlp}.down_proj.weight"] += 0.3 * offset_D[:, None]
+    state[EMBEDDING] += 0.5 * offset_D / offset_D.norm()
+    state["model.norm.weight"] *= gain
+    return Weights(state)
 
 
 def text(seed: int) -> Tensor:
@@ -72,7 +69,7 @@ def lowered(llama: Llama, lower: Lowering) -> Llama:
 
 
 def test_the_cap_costs_less_and_nothing_else_is_lost() -> None:
-    llama = Llama(Weights(CONFIG), CONFIG)
+    llama = Llama(source(), CONFIG)
     lower = lowering(llama, text(0))
     assert lower is not None
     (first, plain), (other, shifted) = read(llama), read(lowered(llama, lower))
@@ -95,11 +92,11 @@ def test_the_cap_costs_less_and_nothing_else_is_lost() -> None:
 
 def test_what_is_touched() -> None:
     """Every row of the embedding by one vector, five linears of the first layer; an adopted model by the same."""
-    llama = Llama(Weights(CONFIG), CONFIG)
+    llama = Llama(source(), CONFIG)
     lower = lowering(llama, text(0))
     assert lower is not None
-    plain = dict(adopted_tensors(Weights(CONFIG), CONFIG, {}))
-    found = dict(adopted_tensors(Weights(CONFIG), CONFIG, {}, lower))
+    plain = dict(adopted_tensors(source(), CONFIG, {}))
+    found = dict(adopted_tensors(source(), CONFIG, {}, lower))
     changed = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}
     linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     assert changed == {EMBEDDING, *(f"model.layers.0.{linear}.weight" for linear in linears)}
@@ -111,7 +108,7 @@ def test_what_is_touched() -> None:
 
 
 def test_a_file_holds_it(tmp_path: Path) -> None:
-    llama = Llama(Weights(CONFIG), CONFIG)
+    llama = Llama(source(), CONFIG)
     lower = lowering(llama, text(0))
     assert lower is not None
     save_file(lower.state(), tmp_path / "lower.safetensors")
@@ -128,4 +125,4 @@ def test_a_file_holds_it(tmp_path: Path) -> None:
     ids=["no cap", "small logits"],
 )
 def test_where_nothing_is_to_be_won_nothing_is_touched(config: ModelConfig, gain: float) -> None:
-    assert lowering(Llama(Weights(config, gain), config), text(0)) is None
+    assert lowering(Llama(source(config, gain), config), text(0)) is None

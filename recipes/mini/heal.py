@@ -52,7 +52,7 @@ from gemwright.engine.rollout import rollout as engine_rollout
 from gemwright.engine.rollout import twin
 from gemwright.gguf import Gguf
 from gemwright.llama import Llama
-from gemwright.lowering import Lowering, lowering
+from gemwright.lowering import STATE, Lowering, lowering
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
 from gemwright.ops.cpu import has_fast_bf16, keep_memory
@@ -325,13 +325,14 @@ class Run:
             return
         with safe_open(path, framework="pt", device=str(self.pair.device)) as file:
             counts, student = file.metadata(), self.pair.student
-            factors = [name for name in file.keys() if name.startswith("value/") and name.endswith("lora_A")]  # noqa: SIM118
+            names = list(file.keys())
+            factors = [name for name in names if name.startswith("value/") and name.endswith("lora_A")]
             if factors and (rank := file.get_slice(factors[0]).get_shape()[1]) != self.args.rank:
                 sys.exit(f"--rank: got {self.args.rank}, the run in {self.out} has factors of rank {rank}")
             if factors and student.rank is None:
                 student.factor(self.args.rank)
                 self.begin()
-            student.lower(Lowering.of({name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+            student.lower(Lowering.of({name: file.get_tensor(name) for name in names if name.startswith(f"{STATE}.")}))
             for name, parameter in student.trained.items():
                 parameter.data.copy_(file.get_tensor(f"value/{name}"))
                 student.sizes[name] = file.get_tensor(f"size/{name}")

@@ -72,7 +72,6 @@ class Student:
         for name, _ in model.named_parameters():
             if name != "lm_head.weight" and "embed_tokens" not in name:
                 self.kinds.setdefault(re.sub(r"layers\.\d+\.", "", name), []).append(name)
-        self.base = {kind: torch.stack([weights[name] for name in names]) for kind, names in self.kinds.items()}
         self.lower(None)
         self.written: dict[str, Tensor] = {}
         self.leaves: dict[str, list[nn.Parameter]] = {}
@@ -113,16 +112,16 @@ class Student:
     def lower(self, lowering: Lowering | None) -> None:
         """Take the adopted weights through a lowering, or through none; updates are relative to what comes of it."""
         self.lowering = lowering
-        touched = dict(self.weights) if lowering is None else {n: lowering.apply(n, w) for n, w in self.weights.items()}
+        touched = self.weights if lowering is None else {n: lowering.apply(n, w) for n, w in self.weights.items()}
         self.model.model.embed_tokens.weight.copy_(touched[EMBEDDING])
-        for kind, names in self.kinds.items():
-            self.base[kind].copy_(torch.stack([touched[name] for name in names]))
+        self.base = {kind: torch.stack([touched[name] for name in names]) for kind, names in self.kinds.items()}
 
     @torch.no_grad()
     def start(self, delta: Mapping[str, Tensor]) -> None:
         """Begin a full run from a delta that was trained before."""
         assert self.rank is None
-        self.lower(Lowering.of(on(delta, self.device)))
+        delta = {name: tensor.to(self.device) for name, tensor in delta.items()}
+        self.lower(Lowering.of(delta))
         for kind, names in self.kinds.items():
             base, stem = self.base[kind], kind.removesuffix(".weight")
             if base.dim() == 2:
@@ -130,7 +129,7 @@ class Student:
             else:
                 updates = [healed(torch.zeros(()), parts(delta, name)) for name in names]
                 value, trained = torch.stack(updates), f"{stem}.update"
-            self.trained[trained].copy_(value.to(self.device) / self.sizes[trained])
+            self.trained[trained].copy_(value / self.sizes[trained])
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
@@ -211,7 +210,7 @@ class Student:
 
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
-        """What is shipped (`gemwright/delta.py`): norms, and updates of a rank in 4 bits, as trained where factored."""
+        """What is shipped (`gemwright/delta.py`): norms, and updates of a rank, as trained where factored."""
         state = {} if self.lowering is None else self.lowering.state()
         for kind, names in self.kinds.items():
             if self.base[kind].dim() == 2:
@@ -228,13 +227,14 @@ class Student:
     @torch.no_grad()
     def load(self, delta: Mapping[str, Tensor]) -> None:
         """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
-        self.lower(Lowering.of(on(delta, self.device)))
+        delta = {name: tensor.to(self.device) for name, tensor in delta.items()}
+        self.lower(Lowering.of(delta))
         for kind, names in self.kinds.items():
             for name, base, leaf in zip(names, self.base[kind], self.leaves[kind], strict=True):
                 if name in delta:
                     leaf.copy_(delta[name])
                 else:
-                    leaf.copy_(healed(base, on(parts(delta, name), self.device)))
+                    leaf.copy_(healed(base, parts(delta, name)))
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,11 +259,6 @@ def root(moment_LXX: Tensor) -> Tensor:
         moment_LXX + torch.diag_embed(share_L[:, None].expand(moment_LXX.shape[:-1]))
     )
     return root_LXX
-
-
-def on(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors on a device."""
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def save_delta(path: Path, delta: dict[str, Tensor], rank: int) -> None:
