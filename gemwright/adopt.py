@@ -1,4 +1,4 @@
-"""adopt: put a Llama-style model into the Gemma 2 architecture, as close as its traits allow, ready to be healed.
+"""adopt: put a Llama-style model into the Gemma 2 architecture, as close as its traits allow.
 
 What carries over exactly: the linears, the embedding, rotary base, eps, and the norms before attention and feed-forward
 (Gemma multiplies by 1 + w, so w - 1). Gemma 2 scales the embedding by sqrt(D), so its residual stream is sqrt(D) times
@@ -9,10 +9,14 @@ What does not, and how close it comes:
 * SiLU becomes GELU. silu(x) = x sigmoid(x) and gelu(x) is nearly x sigmoid(1.702 x) (arXiv 1606.08415), so
   silu(g) u is nearly gelu(g / 1.702) 1.702 u: the gate's rows are divided by 1.702 and the up rows multiplied.
   Measured on SmolLM2-135M: KL to the source 1.84 nats a token instead of 2.39 before any training.
-* Each sub-layer's output passes a norm that the source lacks. Its gain is constant: sqrt(D) times the median over
-  calibration tokens of the RMS of the source's output there. The token-dependent size of the outputs is lost.
+* Each sub-layer's output passes a norm that the source lacks. A ballast makes that norm pass outputs at nearly their
+  own size (`ballast.py`): 0.07 nats, bf16 and caps included, where norms of constant gain, sqrt(D) times the median RMS
+  of the source's outputs, stand at 1.6. Where it does not bring a model nearer to its source, constant gains stay.
 * The final cap of 30 bends the source's largest logits; they are lowered first (`lowering.py`). Measured on
   SmolLM2-135M, the cap costs 0.51 and 0.31 nats a token on prose and on answers as it is, and 0.04 and 0.06 after that.
+* A gain is stored as its distance from 1, in bf16, whose steps there are 0.004. SmolLM2's norms have gains down to
+  0.0001, for features that are large, and rounding them costs 0.35 nats. The columns of the linears that read a norm
+  take up what rounding did to its gain.
 * The attention cap of 50, and a window of 4096 on even layers, which a context of 4096 or less does not feel.
 
 Legend: B rows, T tokens, D model.
@@ -23,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,18 +36,29 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from gemwright.ballast import ballast
+from gemwright.cache import KVCache
 from gemwright.checkpoint import Checkpoint, write
 from gemwright.config import ModelConfig
 from gemwright.gguf import Gguf
-from gemwright.llama import NORMS, Llama, LlamaLayer, Source
+from gemwright.llama import EMBEDDING, NORMS, POST_NORMS, Llama, LlamaLayer, Source
 from gemwright.lowering import Lowering, lowering
+from gemwright.model import Gemma2
+from gemwright.ops.divergence import divergence
+from gemwright.ops.head import Head
 from gemwright.weights import read_json
 
 GELU_OF_SILU: Final = 1.702
 TURN_TOKENS: Final = {"<|im_start|>": "<start_of_turn>", "<|im_end|>": "<end_of_turn>", "<|endoftext|>": "<bos>"}
 """ChatML's control tokens and Gemma's with the same role; the turn format is the same but for their names."""
 
-POST_NORMS: Final = ("post_attention_layernorm", "post_feedforward_layernorm")
+SMALLEST_GAIN: Final = 2.0**-7
+"""The nearest to 0 that both 1 + w and 1 - w can be for a w in bf16."""
+READ_NORM: Final = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "pre_feedforward_layernorm"),
+}
+"""The norm in front of a linear."""
 
 
 class AdoptError(ValueError):
@@ -90,15 +105,25 @@ def adopted_tensor(source: Source, name: str) -> Tensor:
     """One tensor of the adopted model by its Gemma 2 name, in fp32; the post-norms come from `calibrate`."""
     head, _, leaf = name.removesuffix(".weight").rpartition(".")
     if leaf in NORMS:
-        return source.tensor(f"{head}.{NORMS[leaf]}.weight").float() - 1
+        return stored_gain(source.tensor(f"{head}.{NORMS[leaf]}.weight").float()) - 1
     weight = source.tensor(name).float()
     if name == "model.norm.weight":
         return weight - 1
+    if (norm := READ_NORM.get(leaf)) is not None:
+        layer = head.rpartition(".")[0]
+        gain_D = source.tensor(f"{layer}.{NORMS[norm]}.weight").float()
+        weight = weight * (gain_D / stored_gain(gain_D))
     if leaf == "gate_proj":
         return weight / GELU_OF_SILU
     if leaf == "up_proj":
         return weight * GELU_OF_SILU
     return weight
+
+
+def stored_gain(gain_D: Tensor) -> Tensor:
+    """What a norm's gain becomes when gain - 1 is stored in bf16, and never 0."""
+    stored_D = 1 + (gain_D - 1).bfloat16().float()
+    return torch.where(stored_D == 0, torch.where(gain_D < 0, -SMALLEST_GAIN, SMALLEST_GAIN), stored_D)
 
 
 @torch.no_grad()
@@ -156,46 +181,78 @@ def read_text(path: Path, limit: int = 2**20) -> str:
         return file.read(limit)
 
 
-# Plain prose on everyday things, written for this: the medians that calibrate the post-norms need a few hundred tokens
-# of ordinary text, and a fixed one makes the result repeatable.
-CALIBRATION: Final = """\
-The ferry leaves the harbour at six in the morning, when the streets are still dark and the bakers are the only people
-awake. It carries letters, bread, two or three fishermen and, in summer, a crowd of visitors with heavy bags. The
-crossing takes an hour. On a calm day you can read a newspaper on deck; in a storm everybody sits below and waits.
+ROWS: Final = 48
+LENGTH: Final = 256
+"""Of the text that an adoption is fitted to, at most."""
 
-Water boils at one hundred degrees at sea level, but at a lower temperature in the mountains, because the air presses on
-it less. That is why a cook high above the valley needs more time for beans than a cook on the coast. The same rule
-explains the pressure cooker: it closes the steam in, raises the pressure, and so lets the water grow hotter.
 
-"Have you seen my keys?" asked Maria. Her brother looked up from his book. "On the shelf by the door, where you always
-leave them," he said. She laughed, took them, and ran down the stairs. The bus was already at the corner, and the
-driver, who knew her well, waited a moment longer than he had to.
+@dataclass(frozen=True)
+class Adopted:
+    """What came of an adoption."""
 
-To mend a flat tyre, first take the wheel off and let out what air is left. Press the edge of the tyre inwards all
-around, then lift it over the rim with two levers. Pull out the tube, pump it up a little, and listen for the hole, or
-hold it under water and look for bubbles. Dry the place, roughen it, spread the glue thinly, wait five minutes, and
-press the patch on firmly.
+    config: ModelConfig
+    kl: float
+    """Mean KL(source || adopted model), nats a token, on text that nothing was fitted to."""
 
-In the year 1815 a mountain on an island far to the south threw so much ash into the air that the next summer hardly
-came. Snow fell in June, the harvest failed in many countries, and bread became dear. Few people then knew the reason.
-It took a hundred years until somebody put the old reports together and understood what had happened.
 
-A triangle has three sides and three angles, and in a plane the angles add up to 180 degrees. If two sides are equally
-long, the angles opposite to them are equal as well. For example, with sides of 3, 4 and 5 the largest angle is a right
-one, since 9 + 16 = 25; builders have used a rope with twelve knots in this way for thousands of years.
+@torch.no_grad()
+def own_text(llama: Llama, first: int, *, rows: int = ROWS, length: int = LENGTH, progress: bool = True) -> Tensor:
+    """What a source itself writes after a first token, at temperature 1: [B, T] of text like the one it knows.
 
-Our garden is small, but there is room for an apple tree, some herbs and a bench. In spring the blackbirds come first,
-then the bees. My grandmother used to say that one should plant a tree even if one will not eat its fruit, because
-somebody else planted the trees whose fruit one eats now. I did not understand her when I was a child.
+    Models were quantized on such text before: arXiv 2305.17888.
+    """
+    device = llama.head.device
+    cache = KVCache(llama.config, rows, length, chunk=1, dtype=llama.head.dtype, device=device)
+    tokens_BT = torch.full((rows, length), first, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for at in tqdm(range(length - 1), desc="the source writes", disable=None if progress else True, leave=False):
+        pos_B1 = torch.full((rows, 1), at, device=device)
+        logits_BV = llama(tokens_BT[:, at : at + 1], pos_B1, cache=cache)[:, 0] @ llama.head.T
+        tokens_BT[:, at + 1] = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
+    return tokens_BT
 
-def mean(values):
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values)
-"""
-CALIBRATION_LENGTH: Final = 256
-"""Tokens of one row of calibration text."""
+
+def text_rows(ids: list[int], first: int | None) -> Tensor:
+    """Rows [B, T] of a given text, each from the first token on. AdoptError where it is too short."""
+    lead = [] if first is None else [first]
+    step = min(LENGTH, len(ids) // 8) - len(lead)
+    if step < 16:
+        raise AdoptError(f"calibration: got {len(ids)} tokens, allowed are {8 * (16 + len(lead))} or more")
+    return torch.tensor([lead + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)])
+
+
+def model_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Gemma2:
+    """A model in fp32 that holds copies of weights."""
+    with torch.device("meta"):
+        model = Gemma2(config)
+    model = model.to_empty(device=weights[EMBEDDING].device).requires_grad_(False)
+    model.tie()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    return model
+
+
+@torch.no_grad()
+def distance(llama: Llama, model: Gemma2, tokens_BT: Tensor) -> float:
+    """Mean KL(source || model), nats a token, of all positions but the first, which predicts nothing."""
+    pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    theirs_XD, ours_XD = (hidden[:, 1:].flatten(0, 1) for hidden in (llama(tokens_BT), model(tokens_BT, pos_BT)))
+    head = Head(model.lm_head.weight, model.config.final_logit_softcapping)
+    return float(divergence("forward_kl", ours_XD, head, theirs_XD, Head(llama.head, None))[0]) / len(ours_XD)
+
+
+@torch.no_grad()
+def carried(source: Source, llama: Llama, tokens_BT: Tensor) -> tuple[Gemma2, float]:
+    """The adopted model in fp32, on numbers that bf16 holds, and its distance on rows that it was not fitted to."""
+    fit_BT, held_BT = tokens_BT[: -(len(tokens_BT) // 8)], tokens_BT[-(len(tokens_BT) // 8) :]
+    gains = calibrate(llama, fit_BT[:8])
+    weights = dict(adopted_tensors(source, llama.config, gains, lowering(llama, fit_BT)))
+    model = model_of(llama.config, weights)
+    plain = distance(llama, model, held_BT)
+    ballast(model, fit_BT)
+    if (kl := distance(llama, model, held_BT)) < plain:
+        return model, kl
+    return model_of(llama.config, weights), plain
 
 
 def adopt(
@@ -205,17 +262,18 @@ def adopt(
     calibration: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
-) -> ModelConfig:
-    """Put a Llama-style checkpoint into the Gemma 2 architecture, as a folder in bf16; returns its configuration.
+) -> Adopted:
+    """Put a Llama-style checkpoint into the Gemma 2 architecture, as a folder in bf16.
 
     Args:
         source: a GGUF file, or a Hugging Face folder of model_type llama.
         out: the folder to write, by one atomic rename.
-        calibration: text on which the post-norms' gains and the logits are measured; None takes CALIBRATION.
+        calibration: text that ballast and lowering are fitted to, some thousand tokens; by default the source writes
+            its own.
         overwrite: replace a checkpoint that is there.
-        progress: show a bar on stderr.
+        progress: show bars on stderr.
 
-    The source is held in fp32 while it calibrates. Raises AdoptError, GgufError, CheckpointError or an OSError.
+    Source and model are held in fp32. Raises AdoptError, GgufError, CheckpointError or an OSError.
     """
     tensors, llama_config, tokenizer_json, settings = _open(Path(source).expanduser())
     spoken, gemma_settings = gemma_tokenizer(tokenizer_json)
@@ -223,27 +281,17 @@ def adopt(
     tokenizer = LibraryTokenizer.from_str(spoken)
     bos, eos, pad = special_ids(tokenizer, settings)
     config = replace(adopted_config(llama_config), bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    ids = tokenizer.encode(CALIBRATION if calibration is None else calibration, add_special_tokens=False).ids
-    first = [] if config.bos_token_id is None else [config.bos_token_id]
-    width = min(CALIBRATION_LENGTH, len(ids) + len(first))
-    step = width - len(first)
-    rows = [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-    if step < 16 - len(first):
-        raise AdoptError(f"calibration: got {len(ids)} tokens, allowed are 16 or more")
-    llama, tokens_BT = Llama(tensors, config), torch.tensor(rows)
-    each = tqdm(
-        adopted_tensors(tensors, config, calibrate(llama, tokens_BT), lowering(llama, tokens_BT)),
-        total=len(config.parameter_shapes()),
-        desc="adopting",
-        unit="tensor",
-        disable=None if progress else True,
-        leave=False,
-    )
+    if calibration is not None:
+        tokens_BT = text_rows(tokenizer.encode(calibration, add_special_tokens=False).ids[: ROWS * LENGTH], bos)
+    llama = Llama(tensors, config)
+    if calibration is None:
+        tokens_BT = own_text(llama, bos or 0, progress=progress)
+    model, kl = carried(tensors, llama, tokens_BT)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_ids)}
     files = {"tokenizer.json": spoken.encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
-    written = ((name, tensor.to(torch.bfloat16)) for name, tensor in each)
-    write(out, written, config=config.to_hf(), generation_config=generation, extra_files=files, overwrite=overwrite)
-    return config
+    weights = ((name, weight.to(torch.bfloat16)) for name, weight in model.named_parameters())
+    write(out, weights, config=config.to_hf(), generation_config=generation, extra_files=files, overwrite=overwrite)
+    return Adopted(config, kl)
 
 
 def _open(source: Path) -> tuple[Source, dict[str, Any], str, dict[str, Any]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer, special_ids
+from gemwright.ballast import Ballast
 from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
 from gemwright.delta import healed, parts
@@ -109,11 +110,12 @@ def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[s
     """The healed model's tensors in bf16: norms from the delta, linears with their update folded in."""
     with safe_open(delta, framework="pt") as file:
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    lower = Lowering.of(held)
+    steps = [step for step in (Lowering.of(held), Ballast.of(held, config)) if step is not None]
     for name in config.parameter_shapes():
-        tensor = held[name] if name in held else adopted_tensor(source, name)
-        if lower is not None:
-            tensor = lower.apply(name, tensor)
-        if found := parts(held, name):
-            tensor = healed(tensor, found)
+        if (tensor := held.get(name)) is None:
+            tensor = adopted_tensor(source, name)
+            for step in steps:
+                tensor = step.apply(name, tensor)
+            if found := parts(held, name):
+                tensor = healed(tensor, found)
         yield name, tensor.to(torch.bfloat16)

@@ -8,11 +8,11 @@ A file of safetensors, by the names of the healed model:
     NAME.lora_A     uint8 [r - l, in / 2]    >  a linear's update, B^T diag(scale) A
     NAME.lora_B     uint8 [r - l, out / 2]  /
     NAME.scale      fp32 [r]               /
-    lowering.*      what the adopted model begins from (`lowering.py`)
+    lowering.*      what the adopted model begins from (`lowering.py`, `ballast.py`)
+    ballast.*
 
 Each vector is on a grid of its own. The first l, which hold most of an update, are whole numbers from -127 to 127; the
-others, from -7 to 7, lie two in a byte. Training runs over the grids (`on_grid`). Files of int8 alone, lora_A [r, in]
-and lora_B [out, r], are read as well.
+others, from -7 to 7, lie two in a byte. Training runs over the grids (`on_grid`).
 
 Legend: O out, I in, r rank, l leading vectors of it, n numbers of a vector, ... any leading dimensions.
 """
@@ -95,11 +95,7 @@ def parts(delta: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def healed(weight_OI: Tensor, update: Mapping[str, Tensor]) -> Tensor:
     """An adopted linear's weight with the parts of its update, in fp32."""
-    a, b = update["lora_A"], update["lora_B"]
-    if a.dtype is torch.int8:
-        a_rI, b_rO = a.float(), b.float().mT
-    else:
-        a_rI, b_rO = (torch.cat([update[f"lead_{x}"].float(), _numbers(update[f"lora_{x}"])]) for x in "AB")
+    a_rI, b_rO = (torch.cat([update[f"lead_{x}"].float(), _numbers(update[f"lora_{x}"])]) for x in "AB")
     return weight_OI.float() + (b_rO.mT * update["scale"]) @ a_rI
 
 

@@ -24,6 +24,10 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 NORMS: Final = {"input_layernorm": "input_layernorm", "pre_feedforward_layernorm": "post_attention_layernorm"}
 
 
+POST_NORMS: Final = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""Gemma 2's alone: behind each sub-layer."""
+
+
 class Source(Protocol):
     """Tensors by Hugging Face's Llama names: a `Gguf` or a `Checkpoint`."""
 

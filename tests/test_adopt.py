@@ -24,17 +24,19 @@ from torch.nn import functional as F
 
 from gemwright.adopt import (
     GELU_OF_SILU,
-    POST_NORMS,
     AdoptError,
     adopted_config,
     adopted_tensor,
     adopted_tensors,
     calibrate,
     gemma_tokenizer,
+    own_text,
     read_text,
+    stored_gain,
+    text_rows,
 )
 from gemwright.config import GLOBAL, LOCAL, ModelConfig
-from gemwright.llama import Llama, LlamaLayer
+from gemwright.llama import POST_NORMS, Llama, LlamaLayer
 
 T = 24
 RAW: dict[str, Any] = {
@@ -159,19 +161,37 @@ def test_tensors(source: Weights, config: ModelConfig) -> None:
     s = source.state
     for i in range(3):
         at = f"model.layers.{i}"
-        torch.testing.assert_close(got[f"{at}.input_layernorm.weight"], s[f"{at}.input_layernorm.weight"] - 1)
-        torch.testing.assert_close(
-            got[f"{at}.pre_feedforward_layernorm.weight"], s[f"{at}.post_attention_layernorm.weight"] - 1
-        )
-        torch.testing.assert_close(got[f"{at}.mlp.gate_proj.weight"] * 1.702, s[f"{at}.mlp.gate_proj.weight"])
-        torch.testing.assert_close(got[f"{at}.mlp.up_proj.weight"] / 1.702, s[f"{at}.mlp.up_proj.weight"])
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
+        readers = {
+            "input_layernorm": ("input_layernorm", {f"self_attn.{n}_proj": 1.0 for n in "qkv"}),
+            "pre_feedforward_layernorm": (
+                "post_attention_layernorm",
+                {"mlp.gate_proj": 1 / GELU_OF_SILU, "mlp.up_proj": GELU_OF_SILU},
+            ),
+        }
+        for norm, (theirs, linears) in readers.items():
+            stored, gain = got[f"{at}.{norm}.weight"], s[f"{at}.{theirs}.weight"]
+            assert torch.equal(stored, stored.bfloat16().float())
+            torch.testing.assert_close(1 + stored, gain, atol=2**-8, rtol=0)
+            for linear, factor in linears.items():  # norm and linear together are the source's
+                name = f"{at}.{linear}.weight"
+                torch.testing.assert_close(got[name] * (1 + stored), s[name] * gain * factor)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
             assert torch.equal(got[f"{at}.{name}.weight"], s[f"{at}.{name}.weight"])
         assert torch.equal(got[f"{at}.post_attention_layernorm.weight"], torch.full((48,), 7.0 + i))
     assert torch.equal(got["model.embed_tokens.weight"], s["model.embed_tokens.weight"])
     torch.testing.assert_close(got["model.norm.weight"], s["model.norm.weight"] - 1)
     half = Weights({k: v.bfloat16() for k, v in s.items()})
     assert adopted_tensor(half, "model.norm.weight").dtype == torch.float32
+
+
+def test_no_gain_is_lost() -> None:
+    """Gains near 0, whose distance from 1 is rounded away, keep their sign and are never stored as 0."""
+    gain = torch.tensor([0.0001, -0.0001, 0.001, 0.0, 0.5, 2.7, -1.3])
+    stored = stored_gain(gain)
+    assert torch.equal(stored - 1, (stored - 1).bfloat16().float())
+    assert bool((stored != 0).all())
+    assert bool((stored * gain >= 0).all())
+    torch.testing.assert_close(stored[4:], gain[4:], rtol=2**-8, atol=0)
 
 
 def test_calibration_is_the_median_size_of_each_output(
@@ -274,6 +294,35 @@ def test_other_tokenizers_stay_as_they_are() -> None:
     changed, config = gemma_tokenizer(raw)
     assert json.loads(changed) == json.loads(raw)
     assert config == {"add_bos_token": True}
+
+
+def test_rows_of_a_given_text() -> None:
+    ids = list(range(2, 402))
+    assert text_rows(ids, 0).tolist() == [[0, *ids[at : at + 49]] for at in range(0, 392, 49)]
+    assert text_rows(ids, None).tolist() == [ids[at : at + 50] for at in range(0, 400, 50)]
+    assert text_rows(ids * 20, 0).shape == (31, 256)
+    with pytest.raises(AdoptError, match="calibration: got 100 tokens, allowed are 136 or more"):
+        text_rows(ids[:100], 0)
+
+
+def test_a_source_writes_from_its_own_distribution(source: Weights, config: ModelConfig) -> None:
+    """The second token's frequencies over many rows are the softmax of the logits behind the first one."""
+    llama = Llama(source, config)
+    rows = own_text(llama, 5, rows=4000, length=3, progress=False)
+    assert rows.shape == (4000, 3)
+    assert bool((rows[:, 0] == 5).all())
+    want = (llama(torch.tensor([[5]]))[0, 0] @ llama.head.T).softmax(-1)
+    got = torch.bincount(rows[:, 1], minlength=131) / 4000
+    likely = want > 0.005
+    sigma = (want * (1 - want) / 4000).sqrt()
+    assert float(((got - want).abs() / sigma)[likely].max()) < 4.5
+    assert torch.equal(rows, own_text(llama, 5, rows=4000, length=3, progress=False))
+    given = rows[:, 1].mode().values
+    after = rows[rows[:, 1] == given][:, 2]
+    want = (llama(torch.tensor([[5, int(given)]]))[0, 1] @ llama.head.T).softmax(-1)
+    got = torch.bincount(after, minlength=131) / len(after)
+    sigma = (want * (1 - want) / len(after)).sqrt()
+    assert float(((got - want).abs() / sigma)[want > 0.02].max()) < 4.5
 
 
 def test_calibration_text_is_cut(tmp_path: Path) -> None:

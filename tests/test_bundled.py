@@ -14,6 +14,7 @@ from safetensors import safe_open
 import gemwright
 from gemwright import bundled
 from gemwright.adopt import adopted_config
+from gemwright.ballast import Ballast
 from gemwright.delta import healed, parts
 from gemwright.gguf import Gguf
 
@@ -65,8 +66,10 @@ def test_it_is_built_once_and_is_an_exact_gemma_2_that_talks(monkeypatch: pytest
     name = "model.layers.3.self_attn.o_proj"
     with safe_open(DELTA, framework="pt") as file:
         held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    want = healed(source.tensor(f"{name}.weight"), parts(held, f"{name}.weight"))
-    table = source.tensor("model.embed_tokens.weight") + held.get("lowering.shift", 0)
+    ballast = Ballast.of(held, lm.config)
+    assert ballast is not None
+    want = healed(ballast.apply(f"{name}.weight", source.tensor(f"{name}.weight")), parts(held, f"{name}.weight"))
+    table = source.tensor("model.embed_tokens.weight") + held["lowering.shift"]
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor(f"{name}.weight"), want.bfloat16())
         assert torch.equal(file.get_tensor("model.embed_tokens.weight"), table.bfloat16())

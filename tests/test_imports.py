@@ -21,8 +21,8 @@ PACKAGE = ROOT / "gemwright"
 
 ORDER = [
     "config", "ops", "cache", "sampling", "swap", "tokenizer_backends", "tokenizer", "prompt", "weights", "hub",
-    "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "llama", "lowering", "adopt",
-    "delta", "parallel", "bundled", "loader", "generate", "engine", "tools", "lm", "bulk", "synthesize",
+    "checkpoint", "model", "adapter", "lora", "quant", "gguf_tokenizer", "gguf", "llama", "lowering", "ballast",
+    "adopt", "delta", "parallel", "bundled", "loader", "generate", "engine", "tools", "lm", "bulk", "synthesize",
     "doctor_probes", "doctor", "data", "eval", "merge", "train", "serve", "cli", "__main__",
 ]  # fmt: skip
 """Modules and folders of the package, each importing only from those before it; some are yet to come."""

@@ -17,10 +17,10 @@ from gemwright.cli.options import File, Flag
 class Options:
     """Put a Llama-style model into the Gemma 2 architecture, as a Hugging Face folder in bfloat16.
 
-    Linears, embedding and the norms in front of sub-layers carry over; the new norms behind them get the gain that the
-    source's outputs have on a calibration text, and logits are lowered to where the final cap leaves them alone. The
-    result is a start, not yet a good model: the new norms cost over a nat a token until it is healed by training
-    (recipes/mini does that).
+    Linears, embedding and the norms in front of sub-layers carry over. A constant written to one dimension of the
+    stream makes the new norms behind sub-layers pass outputs at their own size, and logits are lowered to where the
+    final cap leaves them alone. SmolLM2-135M comes within 0.07 nats a token of itself (KL), untrained; training
+    brings it nearer (recipes/mini). What the fit needs of text the source writes itself: some minutes on a laptop.
 
     For example:
 
@@ -34,11 +34,11 @@ class Options:
     out: Annotated[Positional[str], arg(metavar="OUT", help_behavior_hint="")]
     """Folder to write."""
     calibration: File = None
-    """Text file to measure norms and logits on; default: a page of plain English prose."""
+    """Text file to fit to, some ten thousand tokens of what the model is for; default: text that the source writes."""
     overwrite: Flag = False
     """Replace the checkpoint that is at OUT."""
     json: Flag = False
-    """Print one JSON object: folder, parameters."""
+    """Print one JSON object: folder, parameters, kl."""
 
 
 def run(options: Options) -> int:
@@ -47,15 +47,16 @@ def run(options: Options) -> int:
 
     calibration = None if options.calibration is None else read_text(Path(options.calibration).expanduser())
     out = Path(options.out).expanduser().resolve()
-    config = adopt(
+    adopted = adopt(
         options.source,
         out,
         calibration=calibration,
         overwrite=options.overwrite,
         progress=not options.json and sys.stderr.isatty(),
     )
+    parameters, layers = adopted.config.num_parameters(), adopted.config.num_hidden_layers
     if options.json:
-        print(json.dumps({"folder": str(out), "parameters": config.num_parameters()}))
+        print(json.dumps({"folder": str(out), "parameters": parameters, "kl": adopted.kl}))
     else:
-        print(f"{out}: {config.num_parameters():,} parameters in {config.num_hidden_layers} layers")
+        print(f"{out}: {parameters:,} parameters in {layers} layers; KL to the source {adopted.kl:.3f} nats a token")
     return 0

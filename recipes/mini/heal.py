@@ -42,17 +42,18 @@ from pairs import LENGTHS, Mixture, Row, Turns, chats, pieces, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sample import END, Clock, sample
-from student import Loaded, Student, adopted, load_delta, save_delta
+from student import Loaded, Student, adopted, load_delta, save_delta, steps, through
 from torch import Tensor
 
-from gemwright.adopt import adopted_config
+from gemwright.adopt import adopted_config, model_of
+from gemwright.ballast import ballast
 from gemwright.bundled import base_path
 from gemwright.engine.engine import Engine
 from gemwright.engine.rollout import rollout as engine_rollout
 from gemwright.engine.rollout import twin
 from gemwright.gguf import Gguf
 from gemwright.llama import Llama
-from gemwright.lowering import STATE, Lowering, lowering
+from gemwright.lowering import lowering
 from gemwright.model import Gemma2
 from gemwright.ops.attention import BACKENDS, Attention
 from gemwright.ops.cpu import has_fast_bf16, keep_memory
@@ -309,7 +310,7 @@ class Run:
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
-        state = {} if self.pair.student.lowering is None else self.pair.student.lowering.state()
+        state = self.pair.student.beginning()
         for name, parameter in self.pair.student.trained.items():
             kept = self.optimizer.state[parameter]
             state |= {f"value/{name}": parameter.detach(), f"size/{name}": self.pair.student.sizes[name]}
@@ -332,7 +333,7 @@ class Run:
             if factors and student.rank is None:
                 student.factor(self.args.rank)
                 self.begin()
-            student.lower(Lowering.of({name: file.get_tensor(name) for name in names if name.startswith(f"{STATE}.")}))
+            student.begin(*steps({n: file.get_tensor(n) for n in names if "/" not in n}, student.model.config))
             for name, parameter in student.trained.items():
                 parameter.data.copy_(file.get_tensor(f"value/{name}"))
                 student.sizes[name] = file.get_tensor(f"size/{name}")
@@ -359,7 +360,7 @@ def build(args: argparse.Namespace) -> Pair:
     pieces_of_text = pieces(args.data, "train", turns, ((256, 1.0),), seed=7)[: args.calibration]
     calibration = [piece.tolist() for piece in pieces_of_text if len(piece) == 256]
     calibration_BT = torch.tensor(calibration, device=device)
-    weights = adopted(source, exact, calibration_BT)
+    weights = adopted(source, exact, calibration_BT[:16])
     llama = Llama(source, config, dtype, device, BACKENDS[backend].load())
     with torch.device("meta"):
         model = Gemma2(config, Attention(train=backend, prefill="blocked", decode="blocked"))
@@ -368,8 +369,9 @@ def build(args: argparse.Namespace) -> Pair:
     student = Student(model, weights, None if args.factored > 0 else args.rank)
     if args.start:
         student.start(load_delta(args.start))
-    else:
-        student.lower(lowering(exact, calibration_BT))
+    elif not (args.out and (args.out / "state.safetensors").exists()) and not args.delta:
+        lower = [step for step in (lowering(exact, calibration_BT),) if step is not None]
+        student.begin(*lower, ballast(model_of(config, through(weights, lower)), calibration_BT))
     student.write()
     if args.compile:
         llama.compile()
@@ -391,8 +393,8 @@ def arguments() -> argparse.Namespace:
         default=FACTORED,
         help="progress at which updates become factors; 0: they are from the start",
     )
-    parser.add_argument("--rank", type=int, default=94, help="of the delta's updates")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW, for numbers relative to their usual size")
+    parser.add_argument("--rank", type=int, default=93, help="of the delta's updates")
+    parser.add_argument("--rate", type=float, default=2e-4, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
     parser.add_argument(
@@ -403,7 +405,7 @@ def arguments() -> argparse.Namespace:
         help="progress at which the student answers prompts itself",
     )
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
-    parser.add_argument("--calibration", type=int, default=64, help="pieces of 256 tokens that adoption is fitted to")
+    parser.add_argument("--calibration", type=int, default=128, help="pieces of 256 tokens that adoption is fitted to")
     parser.add_argument("--heldout", type=int, default=10**9, help="held-out tokens of each kind, at most")
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemwright.adopt import adopted_tensors, calibrate
+from gemwright.ballast import Ballast
 from gemwright.bundled import delta_metadata
+from gemwright.config import ModelConfig
 from gemwright.delta import compress, healed, leading, on_grid, packed, parts
 from gemwright.gguf import Gguf
 from gemwright.llama import EMBEDDING, Llama
@@ -51,7 +53,7 @@ class Loaded:
 
 
 def adopted(source: Loaded, llama: Llama, calibration_BT: Tensor) -> dict[str, Tensor]:
-    """The adopted weights by name, as `gemwright adopt` makes them, but for their lowering."""
+    """The adopted weights by name, as `gemwright adopt` makes them, but for its steps that come after."""
     return dict(adopted_tensors(source, llama.config, calibrate(llama, calibration_BT)))
 
 
@@ -72,11 +74,11 @@ class Student:
         for name, _ in model.named_parameters():
             if name != "lm_head.weight" and "embed_tokens" not in name:
                 self.kinds.setdefault(re.sub(r"layers\.\d+\.", "", name), []).append(name)
-        self.lower(None)
-        self.written: dict[str, Tensor] = {}
-        self.leaves: dict[str, list[nn.Parameter]] = {}
         self.sizes: dict[str, Tensor] = {}
         self.trained: dict[str, nn.Parameter] = {}
+        self.begin()
+        self.written: dict[str, Tensor] = {}
+        self.leaves: dict[str, list[nn.Parameter]] = {}
         for kind in self.kinds:
             self._share(kind)
             self._prepare(kind)
@@ -96,9 +98,7 @@ class Student:
     def _prepare(self, kind: str) -> None:
         base, stem = self.base[kind], kind.removesuffix(".weight")
         if base.dim() == 2:
-            gain_LD = 1 + base
-            size_L1 = gain_LD.abs().mean(-1, keepdim=True)
-            self._train(kind, gain_LD / size_L1, size_L1)
+            self._train(kind, *relative(1 + base))
             return
         L, O, I = base.shape  # noqa: E741
         if self.rank is None:
@@ -109,27 +109,30 @@ class Student:
             self._train(f"{stem}.lora_B", base.new_zeros(L, O, self.rank), base.new_tensor(1.0))
 
     @torch.no_grad()
-    def lower(self, lowering: Lowering | None) -> None:
-        """Take the adopted weights through a lowering, or through none; updates are relative to what comes of it."""
-        self.lowering = lowering
-        touched = self.weights if lowering is None else {n: lowering.apply(n, w) for n, w in self.weights.items()}
+    def begin(self, *steps: Lowering | Ballast) -> None:
+        """Take the adopted weights through steps of adoption; updates are relative to what comes of them."""
+        self.steps = steps
+        touched = through(self.weights, self.steps)
         self.model.model.embed_tokens.weight.copy_(touched[EMBEDDING])
         self.base = {kind: torch.stack([touched[name] for name in names]) for kind, names in self.kinds.items()}
+        for kind in self.trained.keys() & self.base.keys():
+            value, self.sizes[kind] = relative(1 + self.base[kind])
+            self.trained[kind].copy_(value)
 
     @torch.no_grad()
     def start(self, delta: Mapping[str, Tensor]) -> None:
         """Begin a full run from a delta that was trained before."""
         assert self.rank is None
         delta = {name: tensor.to(self.device) for name, tensor in delta.items()}
-        self.lower(Lowering.of(delta))
+        self.begin(*steps(delta, self.model.config))
         for kind, names in self.kinds.items():
             base, stem = self.base[kind], kind.removesuffix(".weight")
             if base.dim() == 2:
-                value, trained = 1 + torch.stack([delta[name] for name in names]), kind
+                value, self.sizes[kind] = relative(1 + torch.stack([delta[name] for name in names]))
+                self.trained[kind].copy_(value)
             else:
                 updates = [healed(torch.zeros(()), parts(delta, name)) for name in names]
-                value, trained = torch.stack(updates), f"{stem}.update"
-            self.trained[trained].copy_(value / self.sizes[trained])
+                self.trained[f"{stem}.update"].copy_(torch.stack(updates) / self.sizes[f"{stem}.update"])
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
@@ -208,10 +211,14 @@ class Student:
             kinds.setdefault(name.rpartition(".")[2], []).append(parameter)
         return [{"params": found, "speed": self.speeds[kind]} for kind, found in kinds.items()]
 
+    def beginning(self) -> dict[str, Tensor]:
+        """The steps of adoption by name, as a file holds them."""
+        return {name: tensor for step in self.steps for name, tensor in step.state().items()}
+
     @torch.no_grad()
     def delta(self, rank: int) -> dict[str, Tensor]:
         """What is shipped (`gemwright/delta.py`): norms, and updates of a rank, as trained where factored."""
-        state = {} if self.lowering is None else self.lowering.state()
+        state = self.beginning()
         for kind, names in self.kinds.items():
             if self.base[kind].dim() == 2:
                 state |= dict(zip(names, self._weight(kind), strict=True))
@@ -228,13 +235,31 @@ class Student:
     def load(self, delta: Mapping[str, Tensor]) -> None:
         """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
         delta = {name: tensor.to(self.device) for name, tensor in delta.items()}
-        self.lower(Lowering.of(delta))
+        self.begin(*steps(delta, self.model.config))
         for kind, names in self.kinds.items():
             for name, base, leaf in zip(names, self.base[kind], self.leaves[kind], strict=True):
                 if name in delta:
                     leaf.copy_(delta[name])
                 else:
                     leaf.copy_(healed(base, parts(delta, name)))
+
+
+def through(weights: dict[str, Tensor], steps: Sequence[Lowering | Ballast]) -> dict[str, Tensor]:
+    """Weights after steps of adoption."""
+    for step in steps:
+        weights = {name: step.apply(name, weight) for name, weight in weights.items()}
+    return weights
+
+
+def relative(gain_LD: Tensor) -> tuple[Tensor, Tensor]:
+    """Gains over their usual size, and the size; a gain of 0, which a ballast needs, has none and stays."""
+    size_LD = gain_LD.abs().mean(-1, keepdim=True) * (gain_LD != 0)
+    return torch.where(gain_LD == 0, 0, gain_LD / size_LD), size_LD
+
+
+def steps(state: Mapping[str, Tensor], config: ModelConfig) -> list[Lowering | Ballast]:
+    """The steps of adoption that a delta, or a run's state, has."""
+    return [step for step in (Lowering.of(state), Ballast.of(state, config)) if step is not None]
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:
