@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from gemwright.ballast import ballast
 from gemwright.cache import KVCache
-from gemwright.checkpoint import Checkpoint, write
+from gemwright.checkpoint import Checkpoint, refuse, write
 from gemwright.config import ModelConfig
 from gemwright.gguf import Gguf
 from gemwright.llama import EMBEDDING, NORMS, POST_NORMS, Llama, LlamaLayer, Source
@@ -242,14 +242,14 @@ def distance(llama: Llama, model: Gemma2, tokens_BT: Tensor) -> float:
 
 
 @torch.no_grad()
-def carried(source: Source, llama: Llama, tokens_BT: Tensor) -> tuple[Gemma2, float]:
+def carried(source: Source, llama: Llama, tokens_BT: Tensor, *, progress: bool = False) -> tuple[Gemma2, float]:
     """The adopted model in fp32, on numbers that bf16 holds, and its distance on rows that it was not fitted to."""
     fit_BT, held_BT = tokens_BT[: -(len(tokens_BT) // 8)], tokens_BT[-(len(tokens_BT) // 8) :]
     gains = calibrate(llama, fit_BT[:8])
     weights = dict(adopted_tensors(source, llama.config, gains, lowering(llama, fit_BT)))
     model = model_of(llama.config, weights)
     plain = distance(llama, model, held_BT)
-    ballast(model, fit_BT)
+    ballast(model, fit_BT, progress=progress)
     if (kl := distance(llama, model, held_BT)) < plain:
         return model, kl
     return model_of(llama.config, weights), plain
@@ -275,6 +275,7 @@ def adopt(
 
     Source and model are held in fp32. Raises AdoptError, GgufError, CheckpointError or an OSError.
     """
+    refuse(Path(out).expanduser().resolve(), overwrite)  # now, not after minutes
     tensors, llama_config, tokenizer_json, settings = _open(Path(source).expanduser())
     spoken, gemma_settings = gemma_tokenizer(tokenizer_json)
     settings = gemma_settings if spoken != tokenizer_json else settings | gemma_settings
@@ -286,7 +287,7 @@ def adopt(
     llama = Llama(tensors, config)
     if calibration is None:
         tokens_BT = own_text(llama, bos or 0, progress=progress)
-    model, kl = carried(tensors, llama, tokens_BT)
+    model, kl = carried(tensors, llama, tokens_BT, progress=progress)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_ids)}
     files = {"tokenizer.json": spoken.encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
     weights = ((name, weight.to(torch.bfloat16)) for name, weight in model.named_parameters())

@@ -27,6 +27,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gemwright.config import ModelConfig
 from gemwright.llama import POST_NORMS
@@ -123,13 +124,14 @@ class Ballast:
 
 
 @torch.no_grad()
-def ballast(model: Gemma2, tokens_BT: Tensor) -> Ballast:
+def ballast(model: Gemma2, tokens_BT: Tensor, *, progress: bool = False) -> Ballast:
     """Fits the ballast and puts it into the model.
 
     Args:
         model: adopted, in fp32. Its weights are rounded to bf16, as they will be written, and changed; each layer is
             fitted to what the layers before it now do.
         tokens_BT: rows of text from their first token on; some thousand tokens.
+        progress: show a bar on stderr.
     """
     config, found = model.config, Ballast.empty(model.config, model.lm_head.weight.device)
     for weight in model.parameters():
@@ -138,7 +140,8 @@ def ballast(model: Gemma2, tokens_BT: Tensor) -> Ballast:
     pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     tables, attend = rope_tables(pos_BT, config.head_dim, config.rope_theta), model.attention.backend("prefill")
     x_BTD = model.embed(tokens_BT)
-    for i, block in enumerate(model.model.layers):
+    layers = tqdm(model.model.layers, "fitting layers", disable=None if progress else True, leave=False)
+    for i, block in enumerate(layers):
         assert isinstance(block, Block)
         see = Visibility(pos_BT, pos_BT, window=config.window(i))
         in_BTD = block.input_layernorm(x_BTD)

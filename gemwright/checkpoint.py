@@ -196,7 +196,7 @@ def write(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, allowed >= 1")
     target = Path(folder).expanduser().resolve()
-    _refuse(target, overwrite)
+    refuse(target, overwrite)
     files = _side_files(config, generation_config, copy_from, extra_files or {})
     target.parent.mkdir(parents=True, exist_ok=True)
     hidden = f".{target.name}.{secrets.token_hex(4)}"
@@ -214,7 +214,7 @@ def write(
     return target
 
 
-def _refuse(target: Path, overwrite: bool) -> None:
+def refuse(target: Path, overwrite: bool) -> None:
     """Raise FileExistsError where writing would destroy something: anything but a checkpoint named for overwriting."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
