@@ -19,8 +19,8 @@ class Options:
 
     Linears, embedding and the norms in front of sub-layers carry over. A constant written to one dimension of the
     stream makes the new norms behind sub-layers pass outputs at their own size, and logits are lowered to where the
-    final cap leaves them alone. SmolLM2-135M comes within 0.07 nats a token of itself (KL), untrained; training
-    brings it nearer (recipes/mini). What the fit needs of text the source writes itself: some minutes on a laptop.
+    final cap leaves them alone. SmolLM2-135M comes within 0.1 nats a token of itself (KL), untrained; training brings
+    it nearer (recipes/mini). What the fit needs of text the source writes itself: some minutes on a laptop.
 
     For example:
 
