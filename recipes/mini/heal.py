@@ -259,7 +259,7 @@ class Run:
                 pair.student.factor(args.rank)
                 self.begin()
                 self.log({"factored": args.rank})
-                self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
+                self.measure(heldout)
             marks = [mark for mark in args.marks if args.rollouts and mark <= self.progress]
             if len(marks) > self.rounds:
                 self.rounds = len(marks)
@@ -279,7 +279,7 @@ class Run:
                 self.log({"kl": float(kl), "norm": float(norm), "tokens/s": self.tokens / self.elapsed})
             if self.elapsed - shown > args.evaluate_seconds:
                 shown = self.elapsed
-                self.measure({name: heldout[name] for name in heldout if name != "long"}, limit=GLANCE)
+                self.measure(heldout)
             if self.elapsed - saved > args.save_seconds:
                 saved = self.elapsed
                 self.save()
@@ -301,12 +301,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         print(f"compiled and ran one step in {time.monotonic() - start:.1f} s, KL {float(kl.detach()):.3f}", flush=True)
 
-    def measure(self, heldout: dict[str, list[Tokens]], limit: int) -> None:
-        """Held-out numbers of the weights as they are, to the log."""
+    def measure(self, heldout: dict[str, list[Tokens]]) -> None:
+        """Held-out numbers of the weights as they are, to the log: the curve's points."""
         self.pair.student.write()
-        for name, documents in heldout.items():
-            first = LONG if name == "long" else 0
-            self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, limit, first))
+        for name in heldout.keys() - {"long"}:
+            self.log({"heldout": name} | evaluate(self.pair, heldout[name], self.args.tokens, GLANCE))
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
@@ -406,7 +405,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rollout's batch")
     parser.add_argument("--calibration", type=int, default=128, help="pieces of 256 tokens that adoption is fitted to")
-    parser.add_argument("--heldout", type=int, default=10**9, help="held-out tokens of each kind, at most")
+    parser.add_argument(
+        "--heldout",
+        type=int,
+        default=10**9,
+        help="held-out tokens of each kind that what ships is measured on, at most",
+    )
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -441,9 +445,9 @@ def main() -> None:
         run = Run(pair, args)
         run.resume()
         if run.step == 0:
-            run.measure(heldout, args.heldout)
+            run.measure(heldout)
         run.train(heldout)
-        run.measure(heldout, args.heldout)
+        run.measure(heldout)
         save_delta(args.out / "delta.safetensors", pair.student.delta(args.rank), args.rank)
     delta = args.out / "delta.safetensors" if args.command == "train" else args.delta
     if delta:

@@ -233,7 +233,7 @@ class Student:
 
     @torch.no_grad()
     def load(self, delta: Mapping[str, Tensor]) -> None:
-        """Put a shipped delta into the model, as the bundled model is built; the trained numbers stay as they are."""
+        """Put a shipped delta into the model, as the bundled model is built, to measure it: training does not go on."""
         delta = {name: tensor.to(self.device) for name, tensor in delta.items()}
         self.begin(*steps(delta, self.model.config))
         for kind, names in self.kinds.items():
