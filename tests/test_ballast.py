@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adopt_fixtures import Weights
+from adopt_fixtures import LLAMA, Weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,20 +21,7 @@ from gemwright.model import Block, Gemma2
 
 D, V = 64, 300
 CONFIG = replace(
-    adopted_config(
-        {
-            "model_type": "llama",
-            "vocab_size": V,
-            "hidden_size": D,
-            "intermediate_size": 160,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        }
-    ),
+    adopted_config({**LLAMA, "hidden_size": D, "intermediate_size": 160}),
     final_logit_softcapping=None,  # what the cap costs is lowering's matter
 )
 

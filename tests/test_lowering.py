@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adopt_fixtures import Weights
+from adopt_fixtures import LLAMA, Weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,20 +16,7 @@ from gemwright.config import ModelConfig
 from gemwright.llama import EMBEDDING, Llama, LlamaLayer
 from gemwright.lowering import Lowering, lowering
 
-CONFIG = adopted_config(
-    {
-        "model_type": "llama",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-)
+CONFIG = adopted_config({**LLAMA, "hidden_size": 32, "intermediate_size": 64})
 
 
 def source(config: ModelConfig = CONFIG, gain: float = 6.0) -> Weights:
