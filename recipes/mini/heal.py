@@ -42,12 +42,13 @@ from pairs import LENGTHS, Mixture, Row, Turns, chats, pieces, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sample import END, Clock, sample
-from student import Loaded, Student, adopted, load_delta, save_delta, steps, through
+from student import Loaded, Student, adopted, load_delta, save_delta, through
 from torch import Tensor
 
 from gemwright.adopt import adopted_config, model_of
 from gemwright.ballast import ballast
 from gemwright.bundled import base_path
+from gemwright.delta import steps
 from gemwright.engine.engine import Engine
 from gemwright.engine.rollout import rollout as engine_rollout
 from gemwright.engine.rollout import twin
@@ -304,8 +305,9 @@ class Run:
     def measure(self, heldout: dict[str, list[Tokens]]) -> None:
         """Held-out numbers of the weights as they are, to the log: the curve's points."""
         self.pair.student.write()
-        for name in heldout.keys() - {"long"}:
-            self.log({"heldout": name} | evaluate(self.pair, heldout[name], self.args.tokens, GLANCE))
+        for name, documents in heldout.items():
+            if name != "long":
+                self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, GLANCE))
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from gemwright.adopt import adopted_tensors, calibrate
 from gemwright.ballast import Ballast
 from gemwright.bundled import delta_metadata
-from gemwright.config import ModelConfig
-from gemwright.delta import compress, healed, leading, on_grid, packed, parts
+from gemwright.delta import compress, healed, leading, on_grid, packed, parts, steps
 from gemwright.gguf import Gguf
 from gemwright.llama import EMBEDDING, Llama
 from gemwright.lowering import Lowering
@@ -255,11 +254,6 @@ def relative(gain_LD: Tensor) -> tuple[Tensor, Tensor]:
     """Gains over their usual size, and the size; a gain of 0, which a ballast needs, has none and stays."""
     size_LD = gain_LD.abs().mean(-1, keepdim=True) * (gain_LD != 0)
     return torch.where(gain_LD == 0, 0, gain_LD / size_LD), size_LD
-
-
-def steps(state: Mapping[str, Tensor], config: ModelConfig) -> list[Lowering | Ballast]:
-    """The steps of adoption that a delta, or a run's state, has."""
-    return [step for step in (Lowering.of(state), Ballast.of(state, config)) if step is not None]
 
 
 def weighed(update_LOI: Tensor, rank: int, *moments: Tensor) -> tuple[Tensor, Tensor]:
