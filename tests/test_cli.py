@@ -274,6 +274,7 @@ def test_adopt_writes_what_the_functions_make(run: Run, llama: Path, tmp_path: P
     code, out, _ = run("adopt", llama, tmp_path / "out", "--calibration", text, "--json")
     assert code == 0
     config = ModelConfig.from_hf(Checkpoint(tmp_path / "out").config)
+    assert config.sliding_window == config.max_position_embeddings
     source, found = Checkpoint(llama), Checkpoint(tmp_path / "out")
     found.check(config.parameter_shapes())
     ids = Tokenizer.load(tmp_path / "out").encode(text.read_text(), bos=False)
@@ -292,7 +293,10 @@ def test_an_adopted_model_speaks_gemma_turns(run: Run, llama: Path, tmp_path: Pa
     assert run("doctor", tmp_path / "out")[0] == 0
     code, _, err = run("adopt", llama, tmp_path / "out")
     assert (code, "overwrite" in err) == (2, True)
-    assert run("adopt", llama, tmp_path / "out", "--overwrite")[0] == 0
+    assert run("adopt", llama, tmp_path / "out", "--overwrite", "--window", "16")[0] == 0
+    assert Checkpoint(tmp_path / "out").config["sliding_window"] == 16
+    code, _, err = run("adopt", llama, tmp_path / "out", "--overwrite", "--window", "0")
+    assert (code, "window: got 0, allowed is 1 or more" in err) == (2, True)
 
 
 def test_adopt_refuses_what_gemma_2_cannot_hold(run: Run, folder: Path, llama: Path, tmp_path: Path) -> None:
