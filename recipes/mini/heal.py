@@ -6,10 +6,10 @@
     python recipes/mini/heal.py evaluate --data DIR --delta DIR/run/delta.safetensors
 
 The student is SmolLM2-135M-Instruct put into the Gemma 2 architecture (`gemwright/adopt.py`); the
-teacher is the source itself. The loss is the mean of KL(teacher || student) over the tokens where both predict the
-same (`pairs.py`). It begins off-policy, with prose and the teacher's answers. At each of `--marks` the
-student answers prompts itself at temperature 1, and these documents take part from then on: on-policy distillation
-(GKD, arXiv 2306.13649) with forward KL, in rounds.
+teacher is the source itself. Local layers first learn to do without the first token (`windows.py`). The loss is the
+mean of KL(teacher || student) over the tokens where both predict the same (`pairs.py`). It begins off-policy, with
+prose and the teacher's answers. At each of `--marks` the student answers prompts itself at temperature 1, and these
+documents take part from then on: on-policy distillation (GKD, arXiv 2306.13649) with forward KL, in rounds.
 
 Updates are learned whole at first, which is faster, and from FACTORED on as the low-rank factors that the delta holds,
 rounded to its 8 and 4 bits in every step.
@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from sample import END, Clock, sample
 from student import Loaded, Student, adopted, load_delta, save_delta, through
 from torch import Tensor
+from windows import teach_windows
 
 from gemwright.adopt import adopted_config, model_of
 from gemwright.ballast import ballast
@@ -75,8 +76,8 @@ ENGINE_ROWS = 64
 WARMUP = 20
 LONG = 4096
 """Positions before it are not counted in the held-out texts of 8192 tokens."""
-GLANCE = 16384
-"""Held-out tokens of each kind that are measured while a run goes on."""
+WINDOW_TEXTS = 13
+"""Pieces of 8192 tokens from which local layers learn to do without the first token."""
 BETAS = (0.9, 0.98)
 
 
@@ -306,8 +307,8 @@ class Run:
         """Held-out numbers of the weights as they are, to the log: the curve's points."""
         self.pair.student.write()
         for name, documents in heldout.items():
-            if name != "long":
-                self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, GLANCE))
+            first = LONG if name == "long" else 0
+            self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, self.args.glance, first))
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
@@ -368,12 +369,21 @@ def build(args: argparse.Namespace) -> Pair:
     model = model.to_empty(device=device).to(dtype)
     model.tie()
     student = Student(model, weights, None if args.factored > 0 else args.rank)
+    resumed = bool(args.out) and (args.out / "state.safetensors").exists()
     if args.start:
         student.start(load_delta(args.start))
-    elif not (args.out and (args.out / "state.safetensors").exists()) and not args.delta:
+    elif not resumed and not args.delta:
         lower = [step for step in (lowering(exact, calibration_BT),) if step is not None]
         student.begin(*lower, ballast(model_of(config, through(weights, lower)), calibration_BT))
     student.write()
+    if args.windows and args.command == "train" and not resumed:
+        length = 2 * config.sliding_window
+        texts = [text for text in pieces(args.data, "train", turns, ((length, 1.0),), seed=11) if len(text) == length]
+        if len(texts) < 2:
+            sys.exit(f"--windows: got {len(texts)} texts of {length} tokens in {args.data}, allowed are 2 or more")
+        some = [torch.from_numpy(text.astype(np.int64)).to(device) for text in texts[:WINDOW_TEXTS]]
+        teach_windows(student, some, args.windows)
+        student.write()
     if args.compile:
         llama.compile()
         compile_blocks(model)
@@ -395,6 +405,13 @@ def arguments() -> argparse.Namespace:
         help="progress at which updates become factors; 0: they are from the start",
     )
     parser.add_argument("--rank", type=int, default=93, help="of the delta's updates")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=200,
+        help="steps in which each local layer first learns to do without the first token; 0: none, as with a --start "
+        "that has learned it",
+    )
     parser.add_argument("--rate", type=float, default=2e-4, help="of AdamW, for numbers relative to their usual size")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--rollouts", type=int, default=4096, help="prompts of an on-policy round; 0: off-policy alone")
@@ -413,6 +430,9 @@ def arguments() -> argparse.Namespace:
         default=10**9,
         help="held-out tokens of each kind that what ships is measured on, at most",
     )
+    parser.add_argument(
+        "--glance", type=int, default=16384, help="held-out tokens of each kind that are measured while a run goes on"
+    )
     parser.add_argument("--evaluate-seconds", type=float, default=20)
     parser.add_argument("--save-seconds", type=float, default=60)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -421,9 +441,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command == "train" and args.out is None:
         sys.exit("train needs --out")
-    if args.start and args.factored <= 0:
+    if (args.start or args.windows) and args.factored <= 0:
         sys.exit(
-            f"--factored: got {args.factored}, allowed with --start is a number above 0: updates are whole at first"
+            f"--factored: got {args.factored}, allowed with --start or --windows is a number above 0: "
+            "updates are whole at first"
         )
     return args
 
@@ -440,7 +461,7 @@ def main() -> None:
         "answers": chats(args.data, "heldout"),
         "long": [p for p in pieces(args.data, "heldout", pair.turns, ((8192, 1.0),), seed=1) if len(p) > 5000],
     }
-    if args.tokens <= LONG * 4 // 3:  # a document takes three quarters of a row at most
+    if args.tokens <= LONG:
         heldout["long"] = []
     heldout = {name: documents for name, documents in heldout.items() if documents}
     if args.command == "train":

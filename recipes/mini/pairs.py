@@ -28,8 +28,10 @@ from torch import Tensor
 from gemwright.ops.attention import PADDING
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the source's own default
-LENGTHS = ((1024, 0.90), (2048, 0.07), (8192, 0.03))
+LENGTHS = ((1024, 0.80), (2048, 0.05), (8192, 0.15))
 """Lengths of the pieces that prose is cut into, and how often each comes."""
+OPEN = 3
+"""Rows that are filled at once, so that a long document leaves none half empty."""
 
 
 class Turns:
@@ -117,19 +119,30 @@ class Row:
 
 
 def rows(documents: Iterator[Tokens], turns: Turns, length: int) -> Iterator[Row]:
-    """Rows of `length` tokens on both sides, filled in order of arrival; what is left at the end makes a last row."""
-    held: list[Pair] = []
-    sizes = [0, 0]
+    """Rows of `length` tokens on both sides; what is left at the end makes the last ones.
+
+    A document goes into the first of OPEN rows that has room, in order of arrival; where none has, the fullest one is
+    done.
+    """
+    waiting: list[list[Pair]] = []
     for document in documents:
-        pair = turns.pair(document[: length * 3 // 4])  # leaves room for the teacher's system text
-        added = [sizes[0] + len(pair.student), sizes[1] + len(pair.teacher)]
-        if max(added) > length:
-            yield _pack(held, length)
-            held, added = [], [len(pair.student), len(pair.teacher)]
-        held.append(pair)
-        sizes = added
-    if held:
+        pair = turns.pair(document[:length])
+        if len(pair.teacher) > length:
+            pair = turns.pair(document[: length * 3 // 4])  # leaves room for the teacher's system text
+        place = next((held for held in waiting if _filled([*held, pair]) <= length), None)
+        if place is None:
+            if len(waiting) == OPEN:
+                waiting.sort(key=_filled)
+                yield _pack(waiting.pop(), length)
+            waiting.append(place := [])
+        place.append(pair)
+    for held in waiting:
         yield _pack(held, length)
+
+
+def _filled(held: list[Pair]) -> int:
+    """Tokens of the longer side."""
+    return max(sum(len(pair.student) for pair in held), sum(len(pair.teacher) for pair in held))
 
 
 def _pack(held: list[Pair], length: int) -> Row:

@@ -133,6 +133,16 @@ class Student:
                 updates = [healed(torch.zeros(()), parts(delta, name)) for name in names]
                 self.trained[f"{stem}.update"].copy_(torch.stack(updates) / self.sizes[f"{stem}.update"])
 
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Let updates, whole as yet, make weights what they are here, by the model's names."""
+        for kind, names in self.kinds.items():
+            for layer, name in enumerate(names):
+                if name in weights:
+                    update = f"{kind.removesuffix('.weight')}.update"
+                    change = (weights[name] - self.base[kind][layer]) / self.sizes[update][layer]
+                    self.trained[update][layer].copy_(change)
+
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
 
