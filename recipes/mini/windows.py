@@ -2,8 +2,8 @@
 
 A Llama's heads rest on the first token where nothing else matters to them (attention sinks, arXiv 2309.17453), and in a
 Llama it is always in sight. In a local layer of Gemma 2 it is not, past the window, and heads that should do nothing do
-something. Nothing else is missed there: past position 4096 the adopted SmolLM2 is at KL 0.37, with windows that reach
-everywhere at 0.02, and with Gemma 2's windows and the first token besides at 0.02 again.
+something. Nothing else is missed there: past position 4096 SmolLM2, healed in short rows, is at KL 0.37, with windows
+that reach everywhere at 0.02, and with Gemma 2's windows and the first token besides at 0.02 again.
 
 So each local layer's attention is fitted, alone, to its own output with everything in sight: gradient descent on its
 four linears, a few hundred queries at a time. What it learns becomes part of the update that healing goes on with.
