@@ -289,8 +289,11 @@ def adopt(
     settings = gemma_settings if spoken != tokenizer_json else settings | gemma_settings
     tokenizer = LibraryTokenizer.from_str(spoken)
     bos, eos, pad = special_ids(tokenizer, settings)
-    config = replace(adopted_config(llama_config), bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    config = replace(config, sliding_window=window or config.max_position_embeddings)
+    config = adopted_config(llama_config)
+    config = replace(
+        config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
+        sliding_window=window or config.max_position_embeddings,
+    )  # fmt: skip
     if calibration is not None:
         tokens_BT = text_rows(tokenizer.encode(calibration, add_special_tokens=False).ids[: ROWS * LENGTH], bos)
     llama = Llama(tensors, config)

@@ -126,7 +126,7 @@ def prefetched(stream: Iterable[Row], device: torch.device) -> Iterator[Row]:
         yield row.to(device)
 
 
-def evaluate(pair: Pair, documents: list[Tokens], length: int, limit: int, first: int = 0) -> dict[str, Any]:
+def evaluate(pair: Pair, documents: list[Tokens], length: int, limit: int, first: int) -> dict[str, Any]:
     """Mean KL(teacher || student) and cross-entropies, nats a token, over answers and prose from position `first` on.
 
     Runs with gradients on, so that it shares the compiled code of training; nothing is kept.
@@ -156,6 +156,14 @@ def evaluate(pair: Pair, documents: list[Tokens], length: int, limit: int, first
             break
     means = {"kl": total["kl"] / count, "agree": agree / targets}
     return means | {k: v / targets for k, v in total.items() if k != "kl"} | {"tokens": count}
+
+
+def evaluated(
+    pair: Pair, heldout: dict[str, list[Tokens]], length: int, limit: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each kind of held-out text with its numbers."""
+    for name, documents in heldout.items():
+        yield name, evaluate(pair, documents, length, limit, LONG if name == "long" else 0)
 
 
 def rollout(pair: Pair, asked: list[dict[str, Any]], batch: int, seed: int) -> tuple[list[Tokens], str]:
@@ -306,9 +314,8 @@ class Run:
     def measure(self, heldout: dict[str, list[Tokens]]) -> None:
         """Held-out numbers of the weights as they are, to the log: the curve's points."""
         self.pair.student.write()
-        for name, documents in heldout.items():
-            first = LONG if name == "long" else 0
-            self.log({"heldout": name} | evaluate(self.pair, documents, self.args.tokens, self.args.glance, first))
+        for name, found in evaluated(self.pair, heldout, self.args.tokens, self.args.glance):
+            self.log({"heldout": name} | found)
 
     def save(self) -> None:
         """The trained numbers with the optimizer's, and counts."""
@@ -441,7 +448,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command == "train" and args.out is None:
         sys.exit("train needs --out")
-    if (args.start or args.windows) and args.factored <= 0:
+    if (args.start or (args.command == "train" and args.windows)) and args.factored <= 0:
         sys.exit(
             f"--factored: got {args.factored}, allowed with --start or --windows is a number above 0: "
             "updates are whole at first"
@@ -476,8 +483,7 @@ def main() -> None:
     if delta:
         pair.student.load(load_delta(delta))
         print(f"{delta}: {delta.stat().st_size / 2**20:.2f} MiB", flush=True)
-    for name, documents in heldout.items():
-        found = evaluate(pair, documents, args.tokens, args.heldout, LONG if name == "long" else 0)
+    for name, found in evaluated(pair, heldout, args.tokens, args.heldout):
         print(name, json.dumps(found), flush=True)
         if args.command == "train":
             with (args.out / "shipped.jsonl").open("a") as file:

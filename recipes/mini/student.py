@@ -72,7 +72,7 @@ class Student:
         self.kinds: dict[str, list[str]] = {}
         for name, _ in model.named_parameters():
             if name != "lm_head.weight" and "embed_tokens" not in name:
-                self.kinds.setdefault(re.sub(r"layers\.\d+\.", "", name), []).append(name)
+                self.kinds.setdefault(kind_of(name), []).append(name)
         self.sizes: dict[str, Tensor] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.begin()
@@ -136,12 +136,10 @@ class Student:
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Let updates, whole as yet, make weights what they are here, by the model's names."""
-        for kind, names in self.kinds.items():
-            for layer, name in enumerate(names):
-                if name in weights:
-                    update = f"{kind.removesuffix('.weight')}.update"
-                    change = (weights[name] - self.base[kind][layer]) / self.sizes[update][layer]
-                    self.trained[update][layer].copy_(change)
+        for name, weight in weights.items():
+            kind = kind_of(name)
+            layer, update = self.kinds[kind].index(name), f"{kind.removesuffix('.weight')}.update"
+            self.trained[update][layer].copy_((weight - self.base[kind][layer]) / self.sizes[update][layer])
 
     def _train(self, name: str, value: Tensor, size: Tensor) -> None:
         self.trained[name], self.sizes[name] = nn.Parameter(value.clone(memory_format=torch.contiguous_format)), size
@@ -251,6 +249,11 @@ class Student:
                     leaf.copy_(delta[name])
                 else:
                     leaf.copy_(healed(base, parts(delta, name)))
+
+
+def kind_of(name: str) -> str:
+    """The name of a parameter without its layer."""
+    return re.sub(r"layers\.\d+\.", "", name)
 
 
 def through(weights: dict[str, Tensor], steps: Sequence[Lowering | Ballast]) -> dict[str, Tensor]:

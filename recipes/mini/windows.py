@@ -8,7 +8,8 @@ that reach everywhere at 0.02, and with Gemma 2's windows and the first token be
 So each local layer's attention is fitted, alone, to its own output with everything in sight: gradient descent on its
 four linears, a few hundred queries at a time. What it learns becomes part of the update that healing goes on with.
 
-Legend: T tokens of a text, Q queries of a step, S keys of a step, D model.
+Legend: B rows (one), T tokens of a text, Q queries and S keys of a piece, D model, N query heads, K key/value heads,
+H head dim.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dataclasses import dataclass
 import torch
 from student import Student
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from gemwright.model import Block, Gemma2
 from gemwright.ops.attention import BACKENDS, Visibility
-from gemwright.ops.rope import rope_tables, rotate
+from gemwright.ops.rope import rope_tables
 
 ATTENTION = "blocked"
 """The backend that differentiates any number of queries and keys on any device, compiling nothing."""
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 QUERIES = 512
 """Of a piece of text that a step looks at; it looks at one before the window's end and two behind."""
 RATE = 2e-2
@@ -44,6 +45,8 @@ class Seen:
 
     in_TD: Tensor
     out_TD: Tensor
+    variance: Tensor
+    """Of the output: the mean over its dimensions."""
 
 
 def teach_windows(student: Student, texts: Sequence[Tensor], steps: int) -> None:
@@ -66,7 +69,7 @@ def teach_windows(student: Student, texts: Sequence[Tensor], steps: int) -> None
         start, began = fit.error(seen[-1]), time.monotonic()
         if start > SMALL:
             fit.run(seen[:-1], steps)
-            student.put({f"model.layers.{layer}.self_attn.{leaf}.weight": w for leaf, w in fit.weights().items()})
+            student.put({f"model.layers.{layer}.self_attn.{name}": w for name, w in fit.weights().items()})
         took = time.monotonic() - began
         print(
             f"layer {layer}: error past the window {start:.3f} -> {fit.error(seen[-1]):.3f}, {took:.0f} s", flush=True
@@ -85,7 +88,7 @@ def _record(model: Gemma2, text_T: Tensor) -> Iterator[tuple[int, Seen]]:
         in_BTD = block.input_layernorm(x_BTD)
         out_BTD = block.post_attention_layernorm(block.self_attn(in_BTD, see, tables, attend, None))
         if model.config.window(i) is not None:
-            yield i, Seen(in_BTD[0], out_BTD[0])
+            yield i, Seen(in_BTD[0], out_BTD[0], out_BTD[0, 1:].float().var(0).mean())
         x_BTD = x_BTD + out_BTD
         x_BTD = x_BTD + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x_BTD)))
 
@@ -96,43 +99,36 @@ class _Fit:
     def __init__(self, model: Gemma2, layer: int) -> None:
         block = model.model.layers[layer]
         assert isinstance(block, Block)
-        self.config, self.norm, self.attend = model.config, block.post_attention_layernorm, BACKENDS[ATTENTION].load()
-        self.begun = {leaf: block.self_attn.get_parameter(f"{leaf}.weight").detach().float() for leaf in LINEARS}
-        self.size = {leaf: weight.square().mean().sqrt() for leaf, weight in self.begun.items()}
-        self.change = {leaf: torch.zeros_like(weight, requires_grad=True) for leaf, weight in self.begun.items()}
+        self.config, self.attention, self.norm = model.config, block.self_attn, block.post_attention_layernorm
+        self.begun = {name: weight.detach().float() for name, weight in self.attention.named_parameters()}
+        self.size = {name: weight.square().mean().sqrt() for name, weight in self.begun.items()}
+        self.change = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.begun.items()}
         self.dtype = model.lm_head.weight.dtype
         self.window = model.config.sliding_window
 
     def weights(self) -> dict[str, Tensor]:
         """As they are by now, fp32."""
-        return {leaf: weight + self.change[leaf] * self.size[leaf] for leaf, weight in self.begun.items()}
-
-    def loss(self, seen: Seen, start: int, weights: dict[str, Tensor]) -> Tensor:
-        """Squared error of the queries from `start` on, as a share of the output's variance."""
-        first = max(0, start - self.window)
-        queries, keys = slice(start, start + QUERIES), slice(first, start + QUERIES)
-        in_SD, out_QD = seen.in_TD[keys], seen.out_TD[queries].float()
-        q_pos, k_pos = (torch.arange(x.start, x.stop, device=in_SD.device)[None] for x in (queries, keys))
-        q_tables, k_tables = (rope_tables(pos, self.config.head_dim, self.config.rope_theta) for pos in (q_pos, k_pos))
-        q, k, v = (
-            F.linear(x, weights[leaf]).view(1, len(x), -1, self.config.head_dim)
-            for leaf, x in zip(LINEARS, (in_SD[start - first :], in_SD, in_SD), strict=False)
-        )
-        see = Visibility(q_pos, k_pos, window=self.window)
-        scale, cap = self.config.scale, self.config.attn_logit_softcapping
-        mixed = self.attend(rotate(q, q_tables), rotate(k, k_tables), v, see, scale=scale, cap=cap)
-        ours_QD = self.norm(F.linear(mixed.flatten(2), weights["o_proj"]))[0].float()
-        return F.mse_loss(ours_QD, out_QD) / seen.out_TD[1:].float().var(0).mean()
+        return {name: weight + self.change[name] * self.size[name] for name, weight in self.begun.items()}
 
     def rounded(self) -> dict[str, Tensor]:
         """The weights in the model's dtype."""
-        return {leaf: weight.to(self.dtype) for leaf, weight in self.weights().items()}
+        return {name: weight.to(self.dtype) for name, weight in self.weights().items()}
+
+    def loss(self, seen: Seen, start: int, weights: dict[str, Tensor]) -> Tensor:
+        """Squared error of the queries from `start` on, as a share of the output's variance."""
+        first, end = max(0, start - self.window), start + QUERIES
+        pos_BS = torch.arange(first, end, device=seen.in_TD.device)[None]
+        see = Visibility(pos_BS[:, -QUERIES:], pos_BS, window=self.window)
+        tables = rope_tables(pos_BS, self.config.head_dim, self.config.rope_theta)
+        given = seen.in_TD[None, first:end], see, tables, _last_queries, None
+        out_BQD = self.norm(functional_call(self.attention, weights, given))
+        return F.mse_loss(out_BQD[0].float(), seen.out_TD[start:end].float()) / seen.variance
 
     @torch.no_grad()
     def error(self, seen: Seen) -> float:
         """Mean loss past the window."""
-        starts = range(self.window, len(seen.in_TD) - QUERIES + 1, QUERIES)
-        return sum(float(self.loss(seen, start, self.rounded())) for start in starts) / len(starts)
+        starts, weights = range(self.window, len(seen.in_TD) - QUERIES + 1, QUERIES), self.rounded()
+        return sum(float(self.loss(seen, start, weights)) for start in starts) / len(starts)
 
     @torch.enable_grad()
     def run(self, seen: Sequence[Seen], steps: int) -> None:
@@ -151,6 +147,13 @@ class _Fit:
             # the first token's own output is the sink's, hundreds of times larger than others: not before position 1
             starts = (draw(1, self.window - QUERIES), draw(self.window, last + 1), draw(self.window, last + 1))
             loss = torch.stack([self.loss(text, start, weights) for start in starts]).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=list(self.change.values()))  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
+
+
+def _last_queries(
+    q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, see: Visibility, *, scale: float, cap: float | None
+) -> Tensor:
+    """Attention of the last QUERIES positions alone."""
+    return BACKENDS[ATTENTION].load()(q_BSNH[:, -QUERIES:], k_BSKH, v_BSKH, see, scale=scale, cap=cap)
